@@ -1,0 +1,59 @@
+# Every target makes what it needs: `make demo` and `make test` work on a fresh clone.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# An accelerator extra of setup.cfg: tpu, cuda12 or cuda13.
+EXTRAS ?=
+# The first interpreter that is at least 3.11; 3.11 before newer ones, since CI proves that set.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+COMMA := ,
+STAMP := $(VENV)/.env$(if $(EXTRAS),-$(subst $(COMMA),-,$(EXTRAS)))
+
+.PHONY: help env dev demo test test-all lint format tiny clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+env: $(STAMP)  ## make .venv with the package (EXTRAS=tpu, cuda12 or cuda13 adds an accelerator)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it or set PYTHON=..."; exit 2; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) ..."
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python setup.cfg constraints.txt
+	$(PIP) -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+# timm (an oracle) needs torchvision, which has no CPU build on the index: both go to a folder of
+# their own, where only the tests look (tests/conftest.py), so that transformers never meets them.
+dev: $(VENV)/.dev  ## add what the tests need (CPU torch, timm, ruff, pytest)
+$(VENV)/.dev: $(STAMP)
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/oracle timm torchvision mistral-common
+	@touch $@
+
+demo: $(STAMP)  ## ask the embedded model about a video that it has never seen
+	$(BIN)/python -m vllama2_jax.demo --out demo
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.dev  ## format and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint  ## lint and all tests but the heavy ones
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+test-all: lint  ## every test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+tiny: $(STAMP)  ## train the embedded model again (about 15 minutes on 2 cores)
+	$(BIN)/vllama2 train --config=config:tiny --out runs/tiny
+
+clean:  ## remove the environment and everything made
+	rm -rf $(VENV) build dist *.egg-info runs demo

@@ -1,0 +1,129 @@
+"""Attention against PyTorch's, and the rotary tables against transformers'."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from decoder_oracle import TINY, hf_config, relative_error
+from transformers.models.mistral.modeling_mistral import (
+    MistralRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from vllama2_jax.models.attention import attend
+from vllama2_jax.models.rope import apply_rope, rope_tables
+
+
+def inputs(rows, length, slots, heads=6, kv_heads=2, dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(rows, length, heads, dim), *[(rows, slots, kv_heads, dim)] * 2]
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def torch_attend(q, k, v, mask):
+    """PyTorch's math attention with heads repeated, mask [B, L, S]."""
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = (torch.tensor(a).transpose(1, 2) for a in (q, k, v))
+    k, v = (a.repeat_interleave(groups, dim=1) for a in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.tensor(mask)[:, None]
+    )
+    return out.transpose(1, 2).numpy()
+
+
+def packed_mask(positions, segments, window=None, causal=True):
+    """The visibility rule as plain loops."""
+    rows, length = positions.shape
+    mask = np.zeros((rows, length, length), bool)
+    for b, i, j in np.ndindex(mask.shape):
+        ahead = positions[b, i] - positions[b, j]
+        mask[b, i, j] = (
+            segments[b, i] == segments[b, j] != 0
+            and (not causal or ahead >= 0)
+            and (window is None or ahead < window)
+        )
+    return mask
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_attend_equals_torch_on_packed_padded_rows(causal, window, aligned):
+    length = 40
+    segments = np.array([[1] * 15 + [2] * 20 + [0] * 5, [1] * 40])
+    positions = np.array([[*range(15), *range(20), *range(5)], [*range(40)]])
+    q, k, v = inputs(2, length, length)
+    mask = packed_mask(positions, segments, window, causal)
+    out = attend(
+        *map(jnp.array, (q, k, v)),
+        q_positions=jnp.array(positions),
+        kv_positions=jnp.array(positions),
+        q_segments=jnp.array(segments),
+        kv_segments=jnp.array(segments),
+        window=window,
+        causal=causal,
+        aligned=aligned,
+    )
+    assert np.isfinite(out).all(), "rows that see nothing stay finite"
+    reference = torch_attend(q, k, v, mask | ~mask.any(-1, keepdims=True))
+    seen = mask.any(-1)
+    assert relative_error(out[seen], reference[seen]) <= 2e-6
+
+
+def test_long_causal_attention_in_chunks_equals_torch():
+    """700 is no multiple of the chunk, and its segments cross chunk borders."""
+    length = 700
+    segments = np.array([[1] * 300 + [2] * 390 + [0] * 10])
+    positions = np.array([[*range(300), *range(390), *range(10)]])
+    q, k, v = inputs(1, length, length)
+    order = np.arange(length)
+    mask = (segments[:, :, None] == segments[:, None]) & (segments[:, None] != 0)
+    mask &= order[:, None] >= order[None]
+    out = attend(
+        *map(jnp.array, (q, k, v)),
+        q_positions=jnp.array(positions),
+        kv_positions=jnp.array(positions),
+        q_segments=jnp.array(segments),
+        kv_segments=jnp.array(segments),
+        aligned=True,
+    )
+    real = segments[0] != 0
+    assert relative_error(out[:, real], torch_attend(q, k, v, mask)[:, real]) <= 2e-6
+
+
+def test_rope_equals_transformers_at_far_positions():
+    positions = np.array([[0, 1, 5, 1023, 4000, 32767]])
+    q, k, _ = inputs(1, 6, 6)
+    rotary = MistralRotaryEmbedding(hf_config(TINY))
+    cos, sin = rotary(torch.zeros(1), torch.tensor(positions))
+    reference = apply_rotary_pos_emb(
+        torch.tensor(q).transpose(1, 2), torch.tensor(k).transpose(1, 2), cos, sin
+    )
+    tables = rope_tables(jnp.array(positions), TINY.head_dim, TINY.rope_theta)
+    for ours, theirs in zip((q, k), reference, strict=True):
+        rotated = apply_rope(jnp.array(ours), tables)
+        assert relative_error(rotated, theirs.transpose(1, 2).numpy()) <= 2e-6
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on a GPU only")
+def test_cudnn_equals_xla():
+    segments = jnp.array([[1] * 60 + [2] * 60 + [0] * 8])
+    positions = jnp.array([[*range(60), *range(60), *range(8)]])
+    q, k, v = (jnp.array(a, jnp.bfloat16) for a in inputs(1, 128, 128, dim=64))
+    where = {"q_positions": positions, "kv_positions": positions}
+    where |= {"q_segments": segments, "kv_segments": segments}
+    a, b = (attend(q, k, v, **where, backend=name)[:, :120] for name in ("xla", "cudnn"))
+    assert relative_error(b.astype(jnp.float32), a.astype(jnp.float32)) <= 2e-2
+
+
+def test_wrong_use_is_one_clear_error():
+    q, k, v = map(jnp.array, inputs(1, 4, 5))
+    where = {"q_positions": jnp.zeros((1, 4)), "kv_positions": jnp.zeros((1, 5))}
+    where |= {"q_segments": jnp.zeros((1, 4)), "kv_segments": jnp.zeros((1, 5))}
+    with pytest.raises(ValueError, match="as many keys as queries"):
+        attend(q, k, v, **where, aligned=True)
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'"):
+        attend(q, k, v, **where, backend="flash")
+    with pytest.raises(ValueError, match="5 query heads cannot share 2"):
+        attend(q[:, :, :5], k, v, **where)

@@ -1,0 +1,117 @@
+"""The mixture of experts against transformers' Mixtral and against plain loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from decoder_oracle import FAMILIES, hf_model, params_from_hf, relative_error
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from vllama2_jax.models.decoder import Decoder
+from vllama2_jax.models.grouped_matmul import BACKENDS, grouped_matmul
+from vllama2_jax.models.moe import FEW_TOKENS, MoE, load_balancing_loss
+from vllama2_jax.models.stacking import _split_experts
+
+CONFIG = FAMILIES["mixtral"]
+
+
+@pytest.fixture(scope="module")
+def block():
+    """transformers' MoE block and our parameters of it."""
+    model = hf_model(CONFIG)
+    return model.model.layers[0].mlp, params_from_hf(model, CONFIG)["layer_0"]["moe"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("split_experts", [False, True])
+@pytest.mark.parametrize("rows, length", [(1, 1), (FEW_TOKENS, 1), (1, FEW_TOKENS + 1), (2, 300)])
+def test_moe_equals_transformers(block, backend, split_experts, rows, length):
+    theirs, params = block
+    x = np.random.default_rng(0).standard_normal((rows, length, CONFIG.width)).astype(np.float32)
+    if split_experts:
+        params = _split_experts({"moe": params})["moe"]
+    module = MoE(CONFIG, jnp.float32, jnp.float32, backend, split_experts)
+    with jax.default_matmul_precision("highest"):
+        ours, logits = jax.jit(module.apply)({"params": params}, jnp.array(x))
+    with torch.no_grad():
+        reference = theirs(torch.tensor(x)).numpy()
+    assert logits.shape == (rows, length, CONFIG.num_experts)
+    assert relative_error(ours, reference) <= 2e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "sizes", [[3, 0, 4, 0], [0, 0, 0, 7], [400, 1, 0, 199], [128, 128, 256, 88], [150, 150, 2, 0]]
+)
+def test_grouped_matmul_and_its_gradients_equal_loops(backend, sizes):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((sum(sizes), 12)).astype(np.float32)
+    weights = rng.standard_normal((len(sizes), 12, 10)).astype(np.float32)
+    cotangent = rng.standard_normal((sum(sizes), 10)).astype(np.float32)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    out, vjp = jax.vjp(
+        lambda x, w: grouped_matmul(x, w, jnp.array(sizes), backend),
+        jnp.array(x),
+        jnp.array(weights),
+    )
+    grad_x, grad_w = vjp(jnp.array(cotangent))
+    expected = np.stack([row @ weights[g] for row, g in zip(x, owner, strict=True)])
+    expected_x = np.stack([row @ weights[g].T for row, g in zip(cotangent, owner, strict=True)])
+    expected_w = np.stack([x[owner == g].T @ cotangent[owner == g] for g in range(len(sizes))])
+    assert relative_error(out, expected) <= 2e-6
+    assert relative_error(grad_x, expected_x) <= 2e-6
+    assert relative_error(grad_w, expected_w) <= 5e-6
+
+
+def test_unchosen_experts_are_never_touched_for_few_tokens(block):
+    """NaN in every expert but the two that the token chose leaves the result finite."""
+    _, params = block
+    x = jnp.array(np.random.default_rng(3).standard_normal((1, 1, CONFIG.width)), jnp.float32)
+    chosen = np.argsort(-np.asarray(x[0, 0] @ params["router"]["kernel"]))[: CONFIG.top_k]
+    spoiled = dict(params)
+    for name in ("gate", "up", "down"):
+        keep = np.isin(np.arange(CONFIG.num_experts), chosen)[:, None, None]
+        spoiled[name] = jnp.where(keep, params[name], jnp.nan)
+    module = MoE(CONFIG, jnp.float32, jnp.float32, "blocks", False)
+    out, _ = jax.jit(module.apply)({"params": spoiled}, x)
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(out, jax.jit(module.apply)({"params": params}, x)[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_load_balancing_loss_equals_transformers(padded):
+    logits = np.random.default_rng(0).standard_normal((3, 2, 11, 8)).astype(np.float32)
+    mask = np.ones((2, 11), np.int64)
+    if padded:
+        mask[1, 6:] = 0
+    reference = load_balancing_loss_func(
+        tuple(torch.tensor(layer).reshape(-1, 8) for layer in logits),
+        8,
+        2,
+        torch.tensor(mask) if padded else None,
+    )
+    ours = load_balancing_loss(jnp.array(logits), 2, jnp.array(mask) if padded else None)
+    assert abs(float(ours) - float(reference)) <= 1e-5 * float(reference)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_router_logits_come_only_on_request(scan_layers):
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    decoder = Decoder(config, scan_layers=scan_layers)
+    x = jax.random.normal(jax.random.key(1), (1, 6, config.width))
+    where = (jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32))
+    variables = jax.jit(decoder.init)(jax.random.key(0), x, *where)
+    assert set(variables) == {"params"}
+    assert len(decoder.apply(variables, x, *where)) == 2
+    hidden, cache, logits = decoder.apply(variables, x, *where, with_router_logits=True)
+    assert hidden.shape == x.shape and cache is None
+    assert logits.shape == (2, 1, 6, config.num_experts)
+    assert not np.allclose(logits[0], logits[1])
+
+
+def test_unknown_backend_is_one_clear_error():
+    with pytest.raises(ValueError, match="unknown grouped matmul backend 'megablox'"):
+        grouped_matmul(jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2]), "megablox")

@@ -1,0 +1,147 @@
+"""Write and read a self-describing model directory: card, tokenizer, and arrays through Orbax.
+
+DIR/model_card.json   shapes, media preset, decoding defaults (card.py)
+DIR/tokenizer/        the tokenizer's own files
+DIR/params/           the arrays, an Orbax checkpoint
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vllama2_jax.checkpoints.card import CheckpointError, ModelCard, read_card, write_card
+
+PARAMS, TOKENIZER = "params", "tokenizer"
+_MAX_LISTED = 20
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a directory looks like one that `save_model` wrote."""
+    return (folder / "model_card.json").is_file()
+
+
+def flatten(tree) -> dict[str, object]:
+    """A nested dict of leaves as {"a/b/c": leaf}."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def unflatten(flat: dict[str, object]) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def check_tree(found: dict, expected: dict, where: str) -> None:
+    """Compare two flat dicts of things with a shape; every difference goes into one error.
+
+    Raises:
+      CheckpointError: listing missing, unexpected and misshapen names.
+    """
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    misshapen = [
+        f"{name} (found {tuple(found[name].shape)}, expected {tuple(expected[name].shape)})"
+        for name in sorted(set(found) & set(expected))
+        if tuple(found[name].shape) != tuple(expected[name].shape)
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:_MAX_LISTED])}"
+        + (f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit its configuration; " + "; ".join(problems))
+
+
+def save_model(folder: str | Path, params, card: ModelCard, tokenizer_files=()) -> None:
+    """Write a model; `folder` must not exist or be empty.
+
+    Args:
+      folder: where to.
+      params: nested dict of arrays (unboxed), layers stacked.
+      card: what describes them.
+      tokenizer_files: paths copied into `folder/tokenizer`.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not empty; choose another or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / PARAMS, params)
+    if tokenizer_files:
+        (folder / TOKENIZER).mkdir()
+        for path in tokenizer_files:
+            shutil.copyfile(path, folder / TOKENIZER / Path(path).name)
+    # The card comes last: a directory without it is an unfinished one.
+    write_card(folder, card)
+
+
+def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCard]:
+    """Read a model that `save_model` wrote.
+
+    Args:
+      folder: the directory.
+      expected: card -> nested dict of `jax.ShapeDtypeStruct`, the parameters that its
+        configuration has (shardings, where set, say where the arrays go).
+      dtype: of the returned arrays; None keeps the stored one.
+
+    Raises:
+      CheckpointError: if anything is missing, unexpected, misshapen or unreadable.
+    """
+    folder = Path(folder).absolute()
+    card = read_card(folder)
+    wanted = expected(card)
+    # Orbax reports a broken store from threads of its own as well; ours is the one clear line.
+    absl_logger = logging.getLogger("absl")
+    level = absl_logger.level
+    absl_logger.setLevel(logging.CRITICAL)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = flatten_metadata(checkpointer.metadata(folder / PARAMS).item_metadata.tree)
+            check_tree(stored, flatten(wanted), str(folder))
+            target = jax.tree.map(
+                lambda want, have: jax.ShapeDtypeStruct(
+                    want.shape, dtype or have.dtype, sharding=_sharding(want)
+                ),
+                wanted,
+                unflatten(stored),
+            )
+            return checkpointer.restore(folder / PARAMS, target), card
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: the arrays cannot be read ({reason}); the copy is incomplete or damaged, "
+            "fetch or convert it again"
+        ) from error
+    finally:
+        absl_logger.setLevel(level)
+
+
+def _sharding(want):
+    return getattr(want, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def flatten_metadata(tree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Orbax's stored metadata as {"a/b/c": ShapeDtypeStruct}."""
+    return {
+        path: jax.ShapeDtypeStruct(tuple(leaf.shape), np.dtype(leaf.dtype))
+        for path, leaf in flatten(tree).items()
+    }

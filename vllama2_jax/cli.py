@@ -1,0 +1,235 @@
+"""The `vllama2` command. Heavy imports wait until a subcommand needs them."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllama2_jax.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    # Quiet by default: XLA's and TensorStore's notes are for their developers.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); that is its right.
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(f"vllama2 {options.command}: {line}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllama2",
+        description="VideoLLaMA 2 in JAX: ask videos, convert and train models.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllama2 {__version__}")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text, under=commands):
+        child = under.add_parser(name, help=text, description=text, parents=[shared])
+        child.set_defaults(run=run)
+        return child
+
+    ask = command("ask", _ask, "answer a question about a video or an image")
+    ask.add_argument("media", help="a video, an image or a folder of frames")
+    ask.add_argument("question")
+    _model_options(ask)
+    _media_options(ask)
+    _sampling_options(ask)
+    ask.add_argument("--json", action="store_true", help="print one JSON object")
+    ask.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    ask.add_argument("--frames", metavar="PNG", help="save a picture of the frames looked at")
+
+    chat = command("chat", _chat, "ask one question after another about a video or an image")
+    chat.add_argument("media", help="a video, an image or a folder of frames")
+    _model_options(chat)
+    _media_options(chat)
+    _sampling_options(chat)
+
+    convert = command("convert", _convert, "turn a released checkpoint into a saved model")
+    convert.add_argument("src", metavar="SRC", help="a checkpoint's directory, name or hub id")
+    convert.add_argument("dst", metavar="DST", help="a new directory")
+    convert.add_argument("--dtype", default="bfloat16", help="of the saved arrays (%(default)s)")
+
+    data = command("data", None, "make data to train on")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
+    toybox = command("toybox", _toybox, "render small videos with questions and answers", kinds)
+    toybox.add_argument("dir", metavar="DIR", help="a new directory: train.json, heldout.json")
+    toybox.add_argument("--clips", type=int, default=1000, help="to render (%(default)s)")
+    toybox.add_argument("--seed", type=int, default=0)
+
+    train = command("train", _train, "train a model")
+    train.add_argument("--out", required=True, metavar="DIR", help="the run's new directory")
+    train.add_argument("--config", default="tiny", help="a recipe's name (%(default)s)")
+    train.add_argument("--seed", type=int, default=0)
+
+    command("doctor", _doctor, "check this machine: versions, devices, a known answer")
+    return parser
+
+
+def _model_options(parser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny, a directory, a published name (2.1-7B-16F), or a hub id (%(default)s)",
+    )
+    group.add_argument("--dtype", help="float32 or bfloat16 (by default what suits the device)")
+    group.add_argument("--preset", choices=("reference", "paper"), help="how media are read")
+
+
+def _media_options(parser) -> None:
+    group = parser.add_argument_group("media")
+    group.add_argument("--modality", default="auto", choices=("auto", "video", "image", "text"))
+    group.add_argument("--start", type=float, metavar="S", help="second to begin at")
+    group.add_argument("--end", type=float, metavar="S", help="second to end at")
+    group.add_argument("--num-frames", type=int, metavar="N", help="frames to look at")
+
+
+def _sampling_options(parser) -> None:
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max-new-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    group.add_argument("--top-p", type=float, default=0.9, help="(%(default)s)")
+    group.add_argument("--top-k", type=int, metavar="K", help="(the checkpoint's own)")
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _load(options):
+    from vllama2_jax.loading import load
+    from vllama2_jax.progress import bar
+
+    with bar("reading", unit="tensors") as progress:
+        return load(options.model, options.dtype, options.preset, progress=progress)
+
+
+def _chosen(options) -> tuple[dict, dict]:
+    media = dict(
+        modality=options.modality,
+        start=options.start,
+        end=options.end,
+        num_frames=options.num_frames,
+    )
+    sampling = dict(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    return media, sampling
+
+
+def _ask(options) -> None:
+    media, sampling = _chosen(options)
+    model = _load(options)
+    session = model.session(options.media, **media)
+    clip = session.media.clip
+    if options.frames and clip is not None:
+        from vllama2_jax.media.sheet import contact_sheet
+
+        contact_sheet(clip).save(options.frames)
+    pieces = []
+    for piece in session.stream(options.question, **sampling):
+        pieces.append(piece)
+        if options.stream and not options.json:
+            print(piece, end="", flush=True)
+    answer = "".join(pieces).strip()
+    if options.json:
+        record = {
+            "media": options.media,
+            "question": options.question,
+            "answer": answer,
+            "model": model.config.name,
+            "modality": session.media.modality,
+            "frame_seconds": [] if clip is None else _seconds(clip),
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    else:
+        print("" if options.stream else answer)
+
+
+def _seconds(clip) -> list[float | None]:
+    return [None if time != time else round(float(time), 3) for time in clip.times]
+
+
+def _chat(options) -> None:
+    from vllama2_jax.media.sheet import sketch
+
+    media, sampling = _chosen(options)
+    session = _load(options).session(options.media, **media)
+    if session.media.clip is not None and sys.stdout.isatty():
+        print(sketch(session.media.clip))
+    print("Ask away; an empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            break
+        if not question:
+            break
+        for piece in session.stream(question, **sampling):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _convert(options) -> None:
+    import jax.numpy as jnp
+
+    from vllama2_jax.checkpoints import CheckpointError, save_model
+    from vllama2_jax.loading import find, read
+    from vllama2_jax.progress import bar
+    from vllama2_jax.text import tokenizer_files
+
+    target = Path(options.dst)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists and is not empty; choose another directory")
+    with bar("reading", unit="tensors") as progress:
+        params, card, tokenizer = read(
+            find(options.src), jnp.dtype(options.dtype), scan_layers=True, progress=progress
+        )
+    save_model(target, params, card, tokenizer_files(tokenizer))
+    print(f"{card.config.name} saved in {target}")
+
+
+def _toybox(options) -> None:
+    from vllama2_jax.data.toybox import write_toybox
+    from vllama2_jax.progress import bar
+
+    with bar("rendering", unit="clips") as progress:
+        write_toybox(options.dir, options.clips, seed=options.seed, progress=progress)
+    print(f"{options.clips} clips in {options.dir}: train.json, heldout.json")
+
+
+def _train(options) -> None:
+    from vllama2_jax.train.recipes import run
+
+    run(options.config, Path(options.out), seed=options.seed)
+
+
+def _doctor(options) -> int:
+    from vllama2_jax.doctor import report
+
+    return report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

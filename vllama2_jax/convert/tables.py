@@ -1,0 +1,219 @@
+"""Which tensor of a released checkpoint is which parameter of ours, network by network.
+
+A row says: the tensor's name and shape, the parameter's path, and the axis order that turns one
+into the other (a reshape follows: our attention kernels keep heads and head_dim apart). Rows are
+reversible. Shapes are written from the configuration, never from a tensor, so that a table is a
+check of its own. Names and transposes: the original's state dicts under transformers 4.40.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
+
+LINEAR = (1, 0)  # (out, in) -> (in, out)
+CONV2D = (2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
+CONV3D = (2, 3, 4, 1, 0)  # (out, in, t, h, w) -> (t, h, w, in, out)
+POINTWISE = CONV2D  # a 1x1 convolution; the reshape makes it a dense kernel
+ASIS = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tensor and its place.
+
+    Attributes:
+      source: the tensor's name in the released checkpoint.
+      shape: the tensor's shape there.
+      target: the parameter's path in the tree with layers stacked, "/" between names.
+      axes: permutation of the tensor's axes before it is reshaped to the parameter; None: as it is.
+      index: where in the parameter's leading axes (layer, expert) the tensor goes.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    target: str
+    axes: tuple[int, ...] | None = ASIS
+    index: tuple[int, ...] = ()
+
+
+def _norm(source: str, target: str, width: int, index=(), bias=True) -> Iterator[Row]:
+    yield Row(f"{source}.weight", (width,), f"{target}/scale", index=index)
+    if bias:
+        yield Row(f"{source}.bias", (width,), f"{target}/bias", index=index)
+
+
+def _linear(source: str, target: str, into: int, out: int, index=(), bias=True) -> Iterator[Row]:
+    yield Row(f"{source}.weight", (out, into), f"{target}/kernel", LINEAR, index)
+    if bias:
+        yield Row(f"{source}.bias", (out,), f"{target}/bias", index=index)
+
+
+def vision_rows(config: ViTConfig, source: str, target: str) -> Iterator[Row]:
+    """A CLIP or SigLIP tower, up to the last block that the selected layer needs."""
+    width, patch = config.width, config.patch_size
+    embeddings = f"{source}embeddings."
+    yield Row(
+        f"{embeddings}patch_embedding.weight",
+        (width, 3, patch, patch),
+        f"{target}/patch_embed/kernel",
+        CONV2D,
+    )
+    if config.patch_bias:
+        yield Row(f"{embeddings}patch_embedding.bias", (width,), f"{target}/patch_embed/bias")
+    if config.class_token:
+        yield Row(f"{embeddings}class_embedding", (width,), f"{target}/class_embed")
+    positions = config.num_patches + config.class_token
+    yield Row(
+        f"{embeddings}position_embedding.weight", (positions, width), f"{target}/position_embed"
+    )
+    if config.pre_norm:
+        yield from _norm(f"{source}pre_layrnorm", f"{target}/pre_norm", width)
+    for layer in range(config.num_blocks_used):
+        block, ours, at = f"{source}encoder.layers.{layer}.", f"{target}/blocks", (layer,)
+        yield from _norm(f"{block}layer_norm1", f"{ours}/norm1", width, at)
+        for theirs, name in (
+            ("q_proj", "query"),
+            ("k_proj", "key"),
+            ("v_proj", "value"),
+            ("out_proj", "out"),
+        ):
+            yield from _linear(
+                f"{block}self_attn.{theirs}", f"{ours}/attention/{name}", width, width, at
+            )
+        yield from _norm(f"{block}layer_norm2", f"{ours}/norm2", width, at)
+        yield from _linear(f"{block}mlp.fc1", f"{ours}/mlp/fc1", width, config.mlp_dim, at)
+        yield from _linear(f"{block}mlp.fc2", f"{ours}/mlp/fc2", config.mlp_dim, width, at)
+
+
+def vision_ignored(config: ViTConfig, source: str) -> tuple[str, ...]:
+    """Prefixes of a tower's tensors that the selected hidden state does not depend on."""
+    unused = range(config.num_blocks_used, config.num_layers)
+    return (
+        *(f"{source}encoder.layers.{layer}." for layer in unused),
+        f"{source}post_layernorm.",
+        f"{source}head.",
+        f"{source}embeddings.position_ids",
+    )
+
+
+def connector_rows(config: ConnectorConfig, source: str, target: str) -> Iterator[Row]:
+    """Any connector of `zoo.connector_config` that the original has code for."""
+    into, out = config.in_dim, config.out_dim
+    if config.sampler == "mean":
+        if config.mlp_depth == 1:
+            yield from _linear(source.removesuffix("."), f"{target}/readout_0", into, out)
+            return
+        for layer, wide in enumerate((into, *[out] * (config.mlp_depth - 1))):
+            yield from _linear(f"{source}{2 * layer}", f"{target}/readout_{layer}", wide, out)
+        return
+    for stage in (1, 2) if config.depth else ():
+        for block in range(config.depth):
+            wide = into if (stage, block) == (1, 0) else out
+            yield from _bottleneck(
+                f"{source}s{stage}.b{block + 1}.", f"{target}/stage{stage}/block_{block}", wide, out
+            )
+    wide = out if config.depth else into
+    if config.sampler == "conv":
+        kernel = (out, wide, *config.downsample)
+        yield Row(f"{source}sampler.0.weight", kernel, f"{target}/sampler/kernel", CONV3D)
+        yield Row(f"{source}sampler.0.bias", (out,), f"{target}/sampler/bias")
+        wide = out
+    for layer in range(config.mlp_depth):
+        yield from _linear(f"{source}readout.{2 * layer}", f"{target}/readout_{layer}", wide, out)
+        wide = out
+
+
+def _bottleneck(source: str, target: str, into: int, out: int) -> Iterator[Row]:
+    """One timm RegStage bottleneck; its squeeze width follows the block's input."""
+    squeeze = round(0.25 * into)
+    for name, shape, ours in (
+        ("conv1", (out, into, 1, 1), "1"),
+        ("conv2", (out, 1, 3, 3), "2"),
+        ("conv3", (out, out, 1, 1), "3"),
+    ):
+        yield Row(f"{source}{name}.conv.weight", shape, f"{target}/conv{ours}/kernel", CONV2D)
+        yield from _norm(f"{source}{name}.bn", f"{target}/norm{ours}", out)
+    for name, shape, ours in (
+        ("fc1", (squeeze, out, 1, 1), "reduce"),
+        ("fc2", (out, squeeze, 1, 1), "expand"),
+    ):
+        path = f"{target}/squeeze/{ours}"
+        yield Row(f"{source}se.{name}.weight", shape, f"{path}/kernel", POINTWISE)
+        yield Row(f"{source}se.{name}.bias", shape[:1], f"{path}/bias")
+    if into != out:
+        shape = (out, into, 1, 1)
+        yield Row(f"{source}downsample.conv.weight", shape, f"{target}/shortcut/kernel", POINTWISE)
+        yield from _norm(f"{source}downsample.bn", f"{target}/shortcut_norm", out)
+
+
+def decoder_rows(config: DecoderConfig, source: str, target: str) -> Iterator[Row]:
+    """A Mistral, Mixtral, Qwen2 or Llama language model; `source` stands in front of `model.`."""
+    width, vocab = config.width, config.vocab_size
+    model = f"{source}model."
+    yield Row(f"{model}embed_tokens.weight", (vocab, width), f"{target}/embed_tokens/embedding")
+    for layer in range(config.num_layers):
+        yield from _decoder_layer(config, f"{model}layers.{layer}.", f"{target}/layers", (layer,))
+    yield from _norm(f"{model}norm", f"{target}/final_norm", width, bias=False)
+    if not config.tie_embeddings:
+        yield from _linear(f"{source}lm_head", f"{target}/lm_head", width, vocab, bias=False)
+
+
+def _decoder_layer(config: DecoderConfig, source: str, target: str, at) -> Iterator[Row]:
+    width, mlp = config.width, config.mlp_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield from _norm(f"{source}input_layernorm", f"{target}/input_norm", width, at, bias=False)
+    for theirs, name, out in (("q", "query", queries), ("k", "key", keys), ("v", "value", keys)):
+        yield from _linear(
+            f"{source}self_attn.{theirs}_proj",
+            f"{target}/attention/{name}",
+            width,
+            out,
+            at,
+            bias=config.qkv_bias,
+        )
+    yield from _linear(
+        f"{source}self_attn.o_proj", f"{target}/attention/out", queries, width, at, bias=False
+    )
+    yield from _norm(f"{source}post_attention_layernorm", f"{target}/post_norm", width, at, False)
+    if not config.num_experts:
+        for name, into, out in (("gate", width, mlp), ("up", width, mlp), ("down", mlp, width)):
+            yield from _linear(
+                f"{source}mlp.{name}_proj", f"{target}/mlp/{name}", into, out, at, bias=False
+            )
+        return
+    moe = f"{source}block_sparse_moe."
+    yield from _linear(
+        f"{moe}gate", f"{target}/moe/router", width, config.num_experts, at, bias=False
+    )
+    for expert in range(config.num_experts):
+        for theirs, name, shape in (
+            ("w1", "gate", (mlp, width)),
+            ("w3", "up", (mlp, width)),
+            ("w2", "down", (width, mlp)),
+        ):
+            tensor = f"{moe}experts.{expert}.{theirs}.weight"
+            yield Row(tensor, shape, f"{target}/moe/{name}", LINEAR, (*at, expert))
+
+
+# Where the parts stand in a released checkpoint (the doubled name of the tower is right).
+VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
+CONNECTOR_PREFIX = "model.mm_projector."
+
+
+def model_rows(config: VLlama2Config) -> list[Row]:
+    """Every tensor of a released video checkpoint that is used."""
+    return [
+        *vision_rows(config.vision, VISION_PREFIX, "vision"),
+        *connector_rows(config.connector, CONNECTOR_PREFIX, "connector"),
+        *decoder_rows(config.decoder, "", "decoder"),
+    ]
+
+
+def model_ignored(config: VLlama2Config) -> tuple[str, ...]:
+    """Prefixes of tensors that a released checkpoint may hold and nothing depends on."""
+    rotary = tuple(
+        f"model.layers.{layer}.self_attn.rotary_emb." for layer in range(config.decoder.num_layers)
+    )
+    tied = ("lm_head.weight",) if config.decoder.tie_embeddings else ()
+    return (*vision_ignored(config.vision, VISION_PREFIX), *rotary, *tied)

@@ -1,0 +1,180 @@
+"""Drive the compiled programs: batch the prompts, make room, run, read the tokens back."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vllama2_jax.infer.buckets import bucket
+from vllama2_jax.infer.programs import Generation, Programs, Prompt
+from vllama2_jax.infer.sampling import Sampler, Sampling
+from vllama2_jax.models.cache import KVCache
+from vllama2_jax.text import Spliced
+
+# Room for new tokens is made in steps: most answers are short, and every slot costs attention.
+_FIRST_ROOM = 256
+# Tokens between two looks of a stream: few enough to read along, enough to hide the round trip.
+_STREAM_STEP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One row to generate from.
+
+    Attributes:
+      spliced: its slots.
+      media: [tokens, W] of the connector, or None for text alone.
+    """
+
+    spliced: Spliced
+    media: jax.Array | None = None
+
+
+class Decoding:
+    """Rows being generated: the device's state and what the host knows of it."""
+
+    def __init__(self, generator: "Generator", state: Generation, sampler, stop_ids, max_new: int):
+        """Wrap the state behind a prefill; see `Generator.begin`."""
+        self._generator, self.state = generator, state
+        self._sampler, self._stop_ids = sampler, stop_ids
+        self.max_new = max_new
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row has stopped or is full."""
+        return int(self.state.count) >= self.max_new or bool(jnp.all(self.state.done))
+
+    def advance(self, steps: int | None = None) -> None:
+        """Generate `steps` more tokens, or all that are left."""
+        count = int(self.state.count)
+        target = self.max_new if steps is None else min(count + steps, self.max_new)
+        while count < target and not self.finished:
+            room = self.state.tokens.shape[1]
+            if count >= room:
+                self._make_room(min(2 * room, bucket(self.max_new)))
+                room = self.state.tokens.shape[1]
+            self.state = self._generator.decode(
+                self.state, self._sampler, self._stop_ids, min(target, room)
+            )
+            count = int(self.state.count)
+
+    def tokens(self) -> list[list[int]]:
+        """The new ids of each row so far, its stop id included."""
+        lengths = np.minimum(np.asarray(self.state.lengths), self.max_new)
+        rows = np.asarray(self.state.tokens)
+        return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
+
+    def stream(self) -> Iterator[list[int]]:
+        """Yield the newest ids of a single row as they come."""
+        shown = 0
+        while True:
+            (row,) = self.tokens()
+            yield row[shown:]
+            shown = len(row)
+            if self.finished:
+                return
+            self.advance(_STREAM_STEP)
+
+    def _make_room(self, room: int) -> None:
+        more = room - self.state.tokens.shape[1]
+        self.state = self.state.replace(
+            tokens=jnp.pad(self.state.tokens, ((0, 0), (0, more))),
+            cache=self.state.cache.grow(more),
+        )
+
+
+class Generator:
+    """A network, its parameters and the programs that run it."""
+
+    def __init__(self, programs: Programs, params):
+        """Bind parameters (decoder layers unstacked) to compiled programs."""
+        self.programs, self.params = programs, params
+
+    def begin(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+        max_new: int,
+        cache: KVCache | None = None,
+        start: int = 0,
+    ) -> Decoding:
+        """Prefill the rows and choose each one's first token.
+
+        Args:
+          requests: the rows; unequal lengths give the same numbers as one by one.
+          sampling: how to choose.
+          stop_ids: ids that end a row; empty for none.
+          max_new: tokens per row at most, at least 1.
+          cache: of one row, to go on behind; its first `start` positions are the conversation so
+            far, and `requests` holds the rest.
+          start: the rotary position of the first new slot.
+        """
+        if max_new < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, not {max_new}")
+        prompt, media = pack(requests, self.programs.config.decoder.width, start)
+        length = prompt.tokens.shape[1]
+        room = min(bucket(max_new), _FIRST_ROOM)
+        if cache is None:
+            cache = self.programs.new_cache(len(requests), length + room)
+        else:
+            short = int(cache.end) + length + room - cache.capacity
+            if short > 0:
+                cache = cache.grow(bucket(cache.capacity + short) - cache.capacity)
+        logits, cache = self.programs.prefill(self.params, prompt, media, cache)
+        positions = jnp.asarray([start + len(r.spliced.tokens) for r in requests], jnp.int32)
+        keys = jnp.repeat(jax.random.key(sampling.seed)[None], len(requests))
+        sampler = Sampler.create(sampling)
+        # A fixed number of stop slots, so that another set of ids is not another program.
+        stops = jnp.full((max(4, len(stop_ids)),), -1, jnp.int32)
+        if stop_ids:
+            stops = stops.at[: len(stop_ids)].set(jnp.asarray(stop_ids, jnp.int32))
+        state = self.programs.start(logits, cache, positions, keys, sampler, stops, room=room)
+        return Decoding(self, state, sampler, stops, max_new)
+
+    def decode(self, state, sampler, stop_ids, until: int) -> Generation:
+        """Run the decode loop up to `until` tokens per row."""
+        return self.programs.decode(self.params, state, sampler, stop_ids, jnp.int32(until))
+
+    def logits(self, request: Request) -> np.ndarray:
+        """float32 [L, V] of one row's slots."""
+        prompt, media = pack([request], self.programs.config.decoder.width)
+        logits = self.programs.logits(self.params, prompt, media)
+        return np.asarray(logits[0, : len(request.spliced.tokens)])
+
+
+def pack(
+    requests: Sequence[Request], width: int, start: int = 0
+) -> tuple[Prompt, jax.Array | None]:
+    """Rows of unequal length as one bucket, padded on the right.
+
+    Returns:
+      the prompt, int32 [B, L], and media [B, M, width] (None if no row has any).
+    """
+    length = bucket(max(len(r.spliced.tokens) for r in requests))
+
+    def rows(values, fill):
+        table = np.full((len(requests), length), fill, np.int32)
+        for row, value in zip(table, values, strict=True):
+            row[: len(value)] = value
+        return jnp.asarray(table)
+
+    lengths = [len(r.spliced.tokens) for r in requests]
+    prompt = Prompt(
+        tokens=rows([r.spliced.tokens for r in requests], 0),
+        positions=rows([start + np.arange(n) for n in lengths], 0),
+        segment_ids=rows([np.ones(n) for n in lengths], 0),
+        media_index=rows([r.spliced.media_index for r in requests], -1),
+    )
+    tokens = [r.media for r in requests if r.media is not None]
+    if not tokens:
+        return prompt, None
+    most = max(len(t) for t in tokens)
+    empty = jnp.zeros((most, width), tokens[0].dtype)
+    padded = [
+        empty if r.media is None else jnp.pad(r.media, ((0, most - len(r.media)), (0, 0)))
+        for r in requests
+    ]
+    return prompt, jnp.stack(padded)

@@ -1,0 +1,319 @@
+"""The model as its users know it: media and words in, words out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vllama2_jax.checkpoints import ModelCard
+from vllama2_jax.infer.generate import Generator, Request
+from vllama2_jax.infer.programs import Programs
+from vllama2_jax.infer.sampling import Sampling
+from vllama2_jax.infer.session import Session
+from vllama2_jax.media import Clip, load_clip
+from vllama2_jax.text import (
+    Spliced,
+    StreamDecoder,
+    choose_template,
+    expand,
+    inference_messages,
+    render,
+    tokenize,
+)
+
+# The original's `mm_infer`: greedy unless asked, then top-p 0.9; 2,048 new tokens at most.
+_TOP_P = 0.9
+_MAX_NEW_TOKENS = 2048
+_BATCH_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedMedia:
+    """Media that went through tower and connector.
+
+    Attributes:
+      modality: "video", "image" or "text" (no media).
+      tokens: [media_tokens, width], what the decoder sees; None for text.
+      clip: the frames that the tower looked at; None for text.
+    """
+
+    modality: str
+    tokens: jax.Array | None = None
+    clip: Clip | None = None
+
+
+class Model:
+    """VideoLLaMA 2 with its parameters, tokenizer and reading rules; made by `vllama2_jax.load`."""
+
+    def __init__(self, params, card: ModelCard, tokenizer, dtype, split_experts: bool = False):
+        """Put the parts together.
+
+        Args:
+          params: nested dict of arrays, decoder layers apart (`unstack_layers`).
+          card: the shapes and rules.
+          tokenizer: of `text/tokenizer.py`.
+          dtype: of activations.
+          split_experts: the form of the experts' parameters (see `models/stacking.py`).
+        """
+        self.card, self.tokenizer = card, tokenizer
+        self.template = card.template or choose_template(card.config.decoder.family, tokenizer)
+        self.generator = Generator(Programs(card.config, dtype, split_experts), params)
+
+    @property
+    def config(self):
+        """The network's shapes (`VLlama2Config`)."""
+        return self.card.config
+
+    # What people ask.
+
+    def ask(
+        self,
+        media,
+        question: str,
+        *,
+        modality: str = "auto",
+        start: float | None = None,
+        end: float | None = None,
+        num_frames: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = _TOP_P,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Answer a question about a video, an image, or nothing but the question itself.
+
+        Args:
+          media: a path (video, image, folder of frames), an image (PIL or uint8 [H, W, 3]), frames
+            (uint8 [T, H, W, 3], or a list of images or paths; used as given), or None.
+          question: what to ask.
+          modality: "auto", or "video" / "image" / "text" to insist.
+          start, end: seconds of the clip.
+          num_frames: how many to look at; the checkpoint's own number by default.
+          max_new_tokens: at most so many (2,048 by default).
+          temperature: 0 is greedy.
+          top_p, top_k: filters of sampling; the original's 0.9, and the checkpoint's k.
+          repetition_penalty: the checkpoint's own by default.
+          seed: of sampling.
+
+        Returns:
+          the answer, without special tokens and surrounding space.
+
+        Raises:
+          MediaError: if the media cannot be read, saying why and what to do.
+        """
+        return "".join(
+            self.stream(
+                media,
+                question,
+                modality=modality,
+                start=start,
+                end=end,
+                num_frames=num_frames,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            )
+        ).strip()
+
+    def stream(self, media, question: str, *, max_new_tokens=None, **options) -> Iterator[str]:
+        """`ask`, piece by piece; the pieces joined and stripped are its answer."""
+        media_options, sampling = _split(options)
+        encoded = self.read_media(media, **media_options)
+        messages = self.inference_messages([{"role": "user", "content": question}], encoded)
+        run = self.generator.begin(
+            [Request(self.splice(messages, encoded), encoded.tokens)],
+            self.sampling(**sampling),
+            self.card.generation.stop_ids,
+            self.max_new_tokens(max_new_tokens),
+        )
+        text = StreamDecoder(self.tokenizer)
+        for ids in run.stream():
+            for token in ids:
+                if piece := text.push(token):
+                    yield piece
+        if piece := text.flush():
+            yield piece
+
+    def ask_batch(
+        self, pairs: Sequence[tuple], *, max_new_tokens=None, progress=None, **options
+    ) -> list[str]:
+        """Answer many (media, question) pairs; equal to asking them one by one.
+
+        Pairs are generated eight at a time; media that occur again are read once.
+
+        Args:
+          pairs: [(media, question), ...].
+          max_new_tokens: as in `ask`; the other options too.
+          progress: called with (answers done, answers in all).
+        """
+        media_options, sampling = _split(options)
+        answers: list[str] = []
+        known: dict[str, EncodedMedia] = {}
+        for first in range(0, len(pairs), _BATCH_ROWS):
+            requests = []
+            for media, question in pairs[first : first + _BATCH_ROWS]:
+                key = str(media) if isinstance(media, str) or hasattr(media, "__fspath__") else ""
+                if key not in known or not key:
+                    known[key] = self.read_media(media, **media_options)
+                encoded = known[key]
+                messages = self.inference_messages([{"role": "user", "content": question}], encoded)
+                requests.append(Request(self.splice(messages, encoded), encoded.tokens))
+            run = self.generator.begin(
+                requests,
+                self.sampling(**sampling),
+                self.card.generation.stop_ids,
+                self.max_new_tokens(max_new_tokens),
+            )
+            run.advance()
+            answers += [self.tokenizer.decode(ids).strip() for ids in run.tokens()]
+            if progress:
+                progress(len(answers), len(pairs))
+        return answers
+
+    def session(self, media, **media_options) -> Session:
+        """Open a conversation that keeps its cache between turns."""
+        return Session(self, media, **media_options)
+
+    # What tests and benchmarks measure.
+
+    def generate(
+        self, media, messages, *, max_new_tokens=None, stop: bool = True, **options
+    ) -> list[int]:
+        """New ids behind exactly these messages (see `logits`), the stop id included.
+
+        Args:
+          media: as in `ask`.
+          messages: [{"role", "content"}, ...].
+          max_new_tokens: at most so many.
+          stop: False ignores stop ids.
+          **options: of `ask`.
+        """
+        media_options, sampling = _split(options)
+        encoded = self.read_media(media, **media_options)
+        run = self.generator.begin(
+            [Request(self.splice(_place_media(messages, encoded), encoded), encoded.tokens)],
+            self.sampling(**sampling),
+            self.card.generation.stop_ids if stop else (),
+            self.max_new_tokens(max_new_tokens),
+        )
+        run.advance()
+        return run.tokens()[0]
+
+    def logits(self, media, messages, **media_options) -> np.ndarray:
+        """float32 [L, vocab] of the whole spliced prompt, generation cue included.
+
+        The messages are rendered as they are with the checkpoint's template, the media placeholder
+        and a newline in front of the first user turn; no system turn is added.
+        """
+        encoded = self.read_media(media, **media_options)
+        spliced = self.splice(_place_media(messages, encoded), encoded)
+        return self.generator.logits(Request(spliced, encoded.tokens))
+
+    def encode(self, media, **media_options) -> np.ndarray:
+        """float32 [media_tokens, width]: what the decoder sees of the media."""
+        tokens = self.read_media(media, **media_options).tokens
+        if tokens is None:
+            raise ValueError("there is no media to encode; give a video or an image")
+        return np.asarray(tokens, np.float32)
+
+    # The steps in between.
+
+    def read_media(
+        self, media, *, modality="auto", start=None, end=None, num_frames=None
+    ) -> EncodedMedia:
+        """Decode media and run tower and connector; arguments as in `ask`."""
+        if modality not in ("auto", "video", "image", "text"):
+            raise ValueError(f"unknown modality {modality!r}; known: auto, video, image, text")
+        if media is None or modality == "text":
+            if media is None and modality in ("video", "image"):
+                raise ValueError(f"modality {modality!r} needs media; none was given")
+            return EncodedMedia("text")
+        clip = load_clip(
+            media,
+            spec=self.card.image,
+            num_frames=num_frames or self.config.num_frames,
+            preset=self.card.preset,
+            start=start,
+            end=end,
+        )
+        found = "image" if clip.is_image else "video"
+        if modality == "auto":
+            modality = found
+        elif modality == "video" and found == "image":
+            raise ValueError(f"{clip.source} is an image, not a video; use modality 'image'")
+        steps = len(clip.frame_index)
+        self.config.num_media_tokens(steps)  # refuses too few frames, in words
+        tokens = self.generator.programs.encode(self.generator.params, *_static_frames(clip, steps))
+        return EncodedMedia(modality, tokens[0], clip)
+
+    def inference_messages(self, messages, media: EncodedMedia):
+        """What the original's inference sends for a conversation."""
+        return inference_messages(self.config.decoder.family, messages, media.modality)
+
+    def splice(self, messages, media: EncodedMedia) -> Spliced:
+        """Render, tokenize, and give the media their slots."""
+        text = render(messages, self.template, add_generation_prompt=True)
+        count = 0 if media.tokens is None else len(media.tokens)
+        return expand(tokenize(text, self.tokenizer), count)
+
+    def sampling(
+        self,
+        temperature: float = 0.0,
+        top_p: float = _TOP_P,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+    ) -> Sampling:
+        """Fill what the caller left open from the checkpoint's own defaults."""
+        defaults = self.card.generation
+        return Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=defaults.top_k if top_k is None else top_k,
+            repetition_penalty=(
+                defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
+            ),
+            seed=seed,
+        )
+
+    def max_new_tokens(self, asked: int | None) -> int:
+        """The caller's limit, or the original's."""
+        return _MAX_NEW_TOKENS if asked is None else asked
+
+
+def _place_media(messages, media: EncodedMedia):
+    """The placeholder and a newline in front of the first user turn; nothing else is touched."""
+    if media.tokens is None:
+        return list(messages)
+    placed, done = [], False
+    for message in messages:
+        if message["role"] == "user" and not done:
+            message = {**message, "content": f"<{media.modality}>\n{message['content']}"}
+            done = True
+        placed.append(message)
+    if not done:
+        raise ValueError("media needs a user turn to stand in; the messages have none")
+    return placed
+
+
+def _static_frames(clip: Clip, steps: int):
+    """uint8 [1, F, S, S, 3] and int32 [1, 1, T]; F is 1 for images and T otherwise."""
+    frames = clip.frames
+    if 1 < len(frames) < steps:
+        # A short video repeats frames; its own count would be one more program to compile.
+        frames = np.concatenate([frames, np.repeat(frames[-1:], steps - len(frames), axis=0)])
+    return jnp.asarray(frames[None]), jnp.asarray(clip.frame_index[None, None], jnp.int32)
+
+
+def _split(options: dict) -> tuple[dict, dict]:
+    """Options of media from those of sampling."""
+    names = ("modality", "start", "end", "num_frames")
+    media = {name: value for name, value in options.items() if name in names}
+    return media, {name: value for name, value in options.items() if name not in names}

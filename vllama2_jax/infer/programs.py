@@ -1,0 +1,173 @@
+"""The compiled programs of inference: encode, prefill, decode, logits.
+
+`prefill` compiles once per length bucket. `decode` is one loop that stays on the device until it
+is told to look up (`until`), so nothing crosses to the host per token; streaming calls it with a
+small `until` again and again, which is the same program.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vllama2_jax.infer.sampling import Sampler, choose
+from vllama2_jax.models.cache import KVCache, init_cache
+from vllama2_jax.models.config import VLlama2Config
+from vllama2_jax.models.vllama2 import VLlama2
+
+
+@flax.struct.dataclass
+class Generation:
+    """Rows in the middle of being generated; B rows, room for N new tokens.
+
+    Attributes:
+      cache: keys and values of everything fed so far (all but each row's newest token).
+      tokens: int32 [B, N], the new tokens; undefined from `count` on.
+      count: int32, how many tokens every row has (rows that are done repeat their last).
+      positions: int32 [B], the rotary position of each row's newest token.
+      done: bool [B], rows that have produced a stop id.
+      lengths: int32 [B], new tokens of each row, its stop id included.
+      seen: bool [B, V], tokens generated so far ([B, 0] where no penalty reads it).
+      keys: [B] random keys, one per row, folded with the row's token count at each step.
+    """
+
+    cache: KVCache
+    tokens: jax.Array
+    count: jax.Array
+    positions: jax.Array
+    done: jax.Array
+    lengths: jax.Array
+    seen: jax.Array
+    keys: jax.Array
+
+
+@flax.struct.dataclass
+class Prompt:
+    """Spliced rows on their way into the cache; all int32 [B, L], padded on the right.
+
+    `segment_ids` is 1 on real slots and 0 on padding.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    media_index: jax.Array
+
+
+class Programs:
+    """Jitted functions of one network; parameters are always an argument."""
+
+    def __init__(self, config: VLlama2Config, dtype, split_experts: bool = False):
+        """Prepare (not compile) the programs for activations of `dtype`."""
+        self.config = config
+        self.dtype = dtype
+        self.network = VLlama2(config, dtype=dtype, scan_layers=False, split_experts=split_experts)
+        # float32 means float32: accelerators would otherwise multiply in TF32 or bf16 passes.
+        precision = "highest" if dtype == jnp.float32 else None
+        jit = functools.partial(_jit_with_precision, precision)
+        self.encode = jit(self._encode)
+        self.logits = jit(self._logits)
+        self.prefill = jit(self._prefill, donate_argnames="cache")
+        self.start = jit(self._start, static_argnames="room")
+        self.decode = jit(self._decode, donate_argnames="state")
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache."""
+        return init_cache(self.config.decoder, rows, capacity, self.dtype)
+
+    def _apply(self, params, method, *args):
+        return self.network.apply({"params": params}, *args, method=method)
+
+    def _encode(self, params, frames, clip_frames):
+        """uint8 [B, F, S, S, 3], int32 [B, K, T] -> [B, K * num_tokens, W]."""
+        return self._apply(params, VLlama2.encode, frames, clip_frames)
+
+    def _hidden(self, params, prompt: Prompt, media, cache):
+        return self._apply(
+            params,
+            VLlama2.decode,
+            prompt.tokens,
+            prompt.positions,
+            prompt.segment_ids,
+            media,
+            prompt.media_index,
+            cache,
+        )
+
+    def _logits(self, params, prompt: Prompt, media):
+        """float32 [B, L, V] of whole rows, without a cache."""
+        hidden, _ = self._hidden(params, prompt, media, None)
+        return self._apply(params, VLlama2.logits, hidden)
+
+    def _prefill(self, params, prompt: Prompt, media, cache: KVCache):
+        """Append a prompt; returns the last real slot's logits [B, V] and the cache."""
+        hidden, cache = self._hidden(params, prompt, media, cache)
+        last = jnp.maximum(jnp.sum(prompt.segment_ids != 0, axis=1) - 1, 0)
+        hidden = jax.vmap(lambda row, index: row[index])(hidden, last)
+        return self._apply(params, VLlama2.logits, hidden), cache
+
+    def _start(self, logits, cache, positions, keys, sampler: Sampler, stop_ids, room: int):
+        """The state that holds each row's first new token, chosen from the prompt's logits."""
+        rows, vocab = logits.shape
+        seen = jnp.zeros((rows, vocab if sampler.penalises else 0), bool)
+        token = choose(logits, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), sampler)
+        return Generation(
+            cache=cache,
+            tokens=jnp.zeros((rows, room), jnp.int32).at[:, 0].set(token),
+            count=jnp.int32(1),
+            positions=positions,
+            done=jnp.isin(token, stop_ids),
+            lengths=jnp.ones((rows,), jnp.int32),
+            seen=_mark(seen, token),
+            keys=keys,
+        )
+
+    def _decode(self, params, state: Generation, sampler: Sampler, stop_ids, until) -> Generation:
+        """Generate until every row is done or has `until` tokens, without leaving the device."""
+
+        def unfinished(state):
+            return (state.count < until) & ~jnp.all(state.done)
+
+        def step(state):
+            newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+            hidden, cache = self._apply(
+                params,
+                VLlama2.decode,
+                newest,
+                state.positions[:, None],
+                jnp.where(state.done, 0, 1)[:, None],
+                None,
+                None,
+                state.cache,
+            )
+            logits = self._apply(params, VLlama2.logits, hidden[:, 0])
+            keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
+            token = choose(logits, state.seen, keys, sampler)
+            token = jnp.where(state.done, newest[:, 0], token)
+            return state.replace(
+                cache=cache,
+                tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.count)),
+                count=state.count + 1,
+                positions=state.positions + 1,
+                done=state.done | jnp.isin(token, stop_ids),
+                lengths=state.lengths + ~state.done,
+                seen=_mark(state.seen, token),
+            )
+
+        return jax.lax.while_loop(unfinished, step, state)
+
+
+def _mark(seen: jax.Array, token: jax.Array) -> jax.Array:
+    if seen.shape[1] == 0:
+        return seen
+    return seen.at[jnp.arange(seen.shape[0]), token].set(True)
+
+
+def _jit_with_precision(precision, function, **kwargs):
+    @functools.wraps(function)
+    def with_precision(*args, **arguments):
+        with jax.default_matmul_precision(precision):
+            return function(*args, **arguments)
+
+    return jax.jit(with_precision, **kwargs)

@@ -1,0 +1,110 @@
+"""Find a model by any of its names and make it ready to be asked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
+from vllama2_jax.checkpoints.store import TOKENIZER
+from vllama2_jax.convert.huggingface import is_huggingface, load_huggingface, resolve
+from vllama2_jax.infer.model import Model
+from vllama2_jax.media.preset import MediaPreset
+from vllama2_jax.models.stacking import unstack_layers
+from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.models.zoo import model_config
+from vllama2_jax.text import load_tokenizer
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+_HUB_OWNER = "DAMO-NLP-SG"
+
+
+def load(
+    source: str | Path,
+    dtype: str | jnp.dtype | None = None,
+    preset: str | MediaPreset | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+      source: "tiny" (embedded in the package), a directory (released Hugging Face layout, a saved
+        model of ours, or a training run), a published name ("2-8x7B", "VideoLLaMA2-8x7B") or a
+        Hugging Face repository id.
+      dtype: of parameters and activations; by default float32 on CPU and bfloat16 elsewhere.
+        float32 is multiplied in full precision on every platform.
+      preset: "reference" or "paper", how media are read; the checkpoint's own by default.
+      mesh: a mesh of one device to place the parameters on; the default device otherwise.
+      progress: called with (tensors read, tensors in all) while importing.
+
+    Raises:
+      CheckpointError: if the model cannot be found or trusted, naming everything that is wrong.
+    """
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = jnp.dtype(dtype)
+    folder = find(source)
+    # Few tokens at a time meet few experts; on CPU those are read from arrays of their own.
+    split_experts = jax.default_backend() == "cpu"
+    params, card, tokenizer_folder = read(
+        folder, dtype, scan_layers=False, split_experts=split_experts, progress=progress
+    )
+    if mesh is not None:
+        params = jax.device_put(params, _only_device(mesh))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if card.tokenizer and tokenizer.fingerprint() != card.tokenizer:
+        raise CheckpointError(
+            f"{tokenizer_folder}: these are not the tokenizer files that the model was saved "
+            "with; restore them, or convert the model again"
+        )
+    return Model(params, card.with_preset(preset), tokenizer, dtype, split_experts)
+
+
+def find(source: str | Path) -> Path:
+    """The directory that a model's name stands for; downloads a repository that is not here."""
+    if str(source) == "tiny":
+        return TINY
+    if not Path(source).exists() and "/" not in str(source):
+        try:
+            name = model_config(str(source)).name
+        except ValueError as error:
+            raise CheckpointError(
+                f"{source}: no such directory, and no published model ({error})"
+            ) from None
+        return resolve(f"{_HUB_OWNER}/VideoLLaMA{name}")
+    folder = resolve(source)
+    return folder / "model" if is_saved_model(folder / "model") else folder
+
+
+def read(
+    folder: Path, dtype, *, scan_layers: bool, split_experts: bool = False, progress=None
+) -> tuple[dict, ModelCard, Path]:
+    """Parameters, card and tokenizer directory of a model on disk, whatever its layout."""
+    if is_saved_model(folder):
+        params, card = load_model(folder, lambda card: abstract_params(card.config), dtype)
+        if not scan_layers:
+            decoder = unstack_layers(params["decoder"], split_experts=split_experts)
+            params = {**params, "decoder": decoder}
+        return params, card, folder / TOKENIZER
+    if is_huggingface(folder):
+        return load_huggingface(
+            folder,
+            dtype=dtype,
+            scan_layers=scan_layers,
+            split_experts=split_experts,
+            progress=progress,
+        )
+    raise CheckpointError(
+        f"{folder}: not a model (neither model_card.json nor config.json); "
+        "give a released checkpoint, a saved model, or a training run"
+    )
+
+
+def _only_device(mesh: jax.sharding.Mesh):
+    if mesh.size != 1:
+        raise ValueError(
+            f"the mesh has {mesh.size} devices; this version infers on one, give it a mesh of one"
+        )
+    return mesh.devices.item()

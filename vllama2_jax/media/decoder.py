@@ -1,0 +1,261 @@
+"""The decoder subprocess: reads one request after another, so that a bad file can only hurt it.
+
+`python -m vllama2_jax.media.decoder`, started by `guard.py`; ends when its input does, or when its
+parent is gone. Requests and replies are those of `wire.py`.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+from vllama2_jax.media import stills, wire
+from vllama2_jax.media.assemble import Reel
+from vllama2_jax.media.errors import Limits, MediaError
+from vllama2_jax.media.image import ImageSpec
+from vllama2_jax.media.preset import MediaPreset
+from vllama2_jax.media.sampling import sample
+
+_GIF_HEADS = (b"GIF87a", b"GIF89a")
+
+
+def kind_of(path: str, limits: Limits) -> str:
+    """ "folder", "gif", "image" or "video", by content rather than by name.
+
+    Raises:
+      MediaError: for a file that is missing, empty, unreadable, too large or not a file at all.
+    """
+    try:
+        if os.path.isdir(path):
+            return "folder"
+        if not os.path.exists(path):
+            raise MediaError(path, "no such file", "check the path")
+        if not os.path.isfile(path):
+            raise MediaError(path, "not a regular file", "save the video to a file first")
+        size = os.stat(path).st_size
+        with open(path, "rb") as file:
+            head = file.read(32)
+    except OSError as error:
+        raise MediaError(
+            path, f"cannot be opened ({error.strerror})", "check its permissions"
+        ) from None
+    if size == 0:
+        raise MediaError(path, "the file is empty", "copy or download it once more")
+    if size > limits.max_bytes:
+        raise MediaError(
+            path,
+            f"its {size} bytes are beyond the limit of {limits.max_bytes}",
+            "cut the file, or raise Limits.max_bytes",
+        )
+    if head[:6] in _GIF_HEADS:
+        return "gif"
+    if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n" or head[:2] == b"BM":
+        return "image"
+    if (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif":
+        return "image"
+    return "image" if path.lower().endswith(tuple(stills.IMAGE_SUFFIXES)) else "video"
+
+
+class _Chooser:
+    """Frame numbers of the asked clip, with the errors and limits of the file they are for."""
+
+    def __init__(self, request: dict, limits: Limits, preset: MediaPreset):
+        self.path, self.preset, self._limits = request["path"], preset, limits
+        self._num_frames = request["num_frames"]
+        self._start, self._end = request["start"], request["end"]
+
+    def __call__(self, total: int, fps: float) -> np.ndarray:
+        try:
+            numbers = sample(total, fps, self._num_frames, self.preset, self._start, self._end)
+        except ValueError as error:
+            raise MediaError(
+                self.path, str(error), "give a start and an end inside the file"
+            ) from None
+        if len(numbers) > self._limits.max_frames:
+            raise MediaError(
+                self.path,
+                f"the clip has {len(numbers)} frames, beyond the limit of "
+                f"{self._limits.max_frames}",
+                "give num_frames or a shorter clip, or raise Limits.max_frames",
+            )
+        return numbers
+
+
+def read_clip(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
+    """Frames of a file or folder, prepared for the tower."""
+    path = request["path"]
+    reel = Reel(ImageSpec(**request["spec"]), MediaPreset(**request["preset"]))
+    choose = _Chooser(request, limits, reel.preset)
+    kind = kind_of(path, limits)
+    target = request["num_frames"]
+    if kind == "image":
+        reel.add(stills.read_image(path, limits, reel.preset.exif_rotation))
+        reel.index = [0] * (target or 1)
+    elif kind == "gif":
+        _read_gif(path, limits, reel, choose)
+    elif kind == "folder":
+        _read_folder(path, limits, reel, choose)
+    else:
+        _read_video(path, limits, reel, choose)
+    reel.finish(target)
+    result = {"kind": kind, "index": reel.index, "times": _no_nan(reel.times)}
+    return result, np.stack(reel.frames)
+
+
+def _read_video(path: str, limits: Limits, reel: Reel, choose: _Chooser):
+    from vllama2_jax.media.video import VideoFile
+
+    file = VideoFile(path, limits)
+    try:
+        places: dict[int, int] = {}
+
+        def take(number, pixels, seconds):
+            places[number] = reel.add(pixels, seconds)
+
+        wanted = file.read(lambda total: choose(total, file.fps), take)
+    finally:
+        file.close()
+    reel.index = [places[number] for number in wanted.tolist()]
+
+
+def _read_gif(path: str, limits: Limits, reel: Reel, choose: _Chooser):
+    gif = stills.Gif(path, limits)
+    try:
+        wanted = choose(gif.num_frames, reel.preset.gif_fps or gif.fps)
+        places: dict[int, int] = {}
+
+        def take(number, image, seconds):
+            places[number] = reel.add(image, seconds)
+
+        gif.read(wanted, take)
+    finally:
+        gif.close()
+    if reel.preset.gif_drops_repeats:
+        wanted = np.unique(wanted)
+    reel.index = [places[number] for number in wanted.tolist()]
+
+
+def _read_folder(path: str, limits: Limits, reel: Reel, choose: _Chooser):
+    files, fps = stills.list_folder(path), reel.preset.folder_fps
+    wanted = choose(len(files), fps)
+    places = {}
+    for number in np.unique(wanted).tolist():
+        kind_of(files[number], limits)
+        image = stills.read_image(files[number], limits, reel.preset.exif_rotation)
+        places[number] = reel.add(image, number / fps)
+    reel.index = [places[number] for number in wanted.tolist()]
+
+
+def read_stills(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
+    """A list of image files, each prepared; frame i is path i."""
+    reel = Reel(ImageSpec(**request["spec"]), MediaPreset(**request["preset"]))
+    for path in request["paths"]:
+        kind = kind_of(path, limits)
+        if kind not in ("image", "gif"):
+            raise MediaError(path, f"a {kind}, not an image", "give a list of image files")
+        reel.add(stills.read_image(path, limits, reel.preset.exif_rotation))
+    return {"sizes": reel.sizes}, np.stack(reel.frames)
+
+
+def probe(request: dict, limits: Limits) -> tuple[dict, None]:
+    """What a file holds."""
+    path = request["path"]
+    kind = kind_of(path, limits)
+    info = {"kind": kind, "num_frames": 1, "fps": None, "seconds": None, "has_audio": False}
+    if kind == "image":
+        info["width"], info["height"] = stills.read_image(path, limits, False).size
+    elif kind == "gif":
+        gif = stills.Gif(path, limits)
+        gif.read(np.zeros(1, np.int64), lambda *_: None)
+        info.update(num_frames=gif.num_frames, fps=gif.fps, seconds=gif.num_frames / gif.fps)
+        info["width"], info["height"] = gif.size
+        gif.close()
+    elif kind == "folder":
+        files = stills.list_folder(path)
+        info["num_frames"] = len(files)
+        info["width"], info["height"] = stills.read_image(files[0], limits, False).size
+    else:
+        from vllama2_jax.media.video import VideoFile
+
+        file = VideoFile(path, limits)
+        try:
+            found = file.info()
+        finally:
+            file.close()
+        info.update(
+            num_frames=found.num_frames,
+            fps=found.fps,
+            seconds=found.num_frames / found.fps,
+            width=found.width,
+            height=found.height,
+            has_audio=found.has_audio,
+        )
+    return info, None
+
+
+_OPERATIONS = {"clip": read_clip, "stills": read_stills, "probe": probe}
+
+
+def answer(request: dict) -> tuple[dict, np.ndarray | None]:
+    """Header and body of the reply to one request; never raises for what a file can cause."""
+    try:
+        limits = Limits(**request["limits"])
+        result, body = _OPERATIONS[request["operation"]](request, limits)
+        if body is not None:
+            result["shape"] = body.shape
+        return {"result": result}, body
+    except MediaError as error:
+        return {"error": [error.path, error.cause, error.remedy]}, None
+    except MemoryError:
+        return {
+            "error": [
+                request.get("path", "?"),
+                "decoding it takes more memory than there is",
+                "scale it down, or ask for fewer frames",
+            ]
+        }, None
+    except Exception as error:  # whatever a damaged file provokes must name the file
+        cause = f"cannot be decoded ({type(error).__name__}: {error})"
+        return {
+            "error": [request.get("path", "?"), cause, "make the file again or convert it"]
+        }, None
+
+
+def _no_nan(times: list[float]) -> list[float | None]:
+    return [None if time != time else time for time in times]
+
+
+def _leave_with_parent(parent: int):
+    """End this process soon after its parent is gone, even in the middle of a decode."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def main():
+    """Serve requests until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle
+    source = os.fdopen(os.dup(0), "rb")
+    sink = os.fdopen(os.dup(1), "wb", buffering=0)
+    # Whatever a library prints must not reach the replies.
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_leave_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
+    import av  # noqa: F401  (now, rather than within the deadline of the first request)
+
+    while True:
+        prefix = source.read(wire.PREFIX)
+        if len(prefix) < wire.PREFIX:
+            return
+        header, body = answer(wire.read_header(source, prefix))
+        view = memoryview(b"") if body is None else memoryview(body).cast("B")
+        for part in (memoryview(wire.pack(header, len(view))), view):
+            while part:
+                part = part[sink.write(part) :]
+
+
+if __name__ == "__main__":
+    main()

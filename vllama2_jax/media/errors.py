@@ -1,0 +1,40 @@
+"""What can be wrong with a file, and how much of one is read at most."""
+
+import dataclasses
+
+
+class MediaError(ValueError):
+    """Media that cannot be read as asked.
+
+    Attributes:
+      path: the file, or what stands for in-memory media.
+      cause: what is wrong with it.
+      remedy: what to do about it.
+    """
+
+    def __init__(self, path: str, cause: str, remedy: str):
+        # All three are `args`, so that the error survives a pickle between processes.
+        super().__init__(str(path), cause, remedy)
+        self.path, self.cause, self.remedy = str(path), cause, remedy
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.cause}; {self.remedy}"
+        return " ".join(text.split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of one read; beyond each, a `MediaError` says which and how to raise it.
+
+    Attributes:
+      max_bytes: size of a file (8 GiB: several hours of 1080p).
+      max_pixels: width times height of one frame (64 million: an 8K frame has 33).
+      max_frames: distinct frames that one clip may hold (a guard of memory in fps mode, where the
+        preset itself does not cut).
+      max_seconds: wall-clock seconds of one read; the decoder is killed when they are over.
+    """
+
+    max_bytes: int = 8 << 30
+    max_pixels: int = 64_000_000
+    max_frames: int = 1024
+    max_seconds: float = 120.0

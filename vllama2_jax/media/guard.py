@@ -1,0 +1,190 @@
+"""One long-lived decoder subprocess per process, killed and started anew when a file breaks it."""
+
+import atexit
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+from vllama2_jax.media import wire
+from vllama2_jax.media.errors import Limits, MediaError
+
+_START_SECONDS = 60.0  # until the first reply of a fresh worker, on top of the file's own deadline
+_CHUNK = 1 << 20
+
+
+class _Crashed(Exception):
+    """The worker ended in the middle of a request."""
+
+
+class _Late(Exception):
+    """The worker missed the deadline."""
+
+
+class Decoder:
+    """A decoder subprocess, started on first use; requests of several threads take turns.
+
+    A worker that crashes or misses a deadline is killed; the next request starts another. After
+    `os.fork` the child starts its own.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen | None = None
+        self._log = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running worker, if there is one."""
+        return self._worker.pid if self._worker else None
+
+    def ask(
+        self, operation: str, path: str, limits: Limits, **details
+    ) -> tuple[dict, np.ndarray | None]:
+        """Have the worker do one thing.
+
+        Args:
+          operation: a name in `decoder.py`.
+          path: the file that errors name.
+          limits: bounds; `max_seconds` is kept here, by killing the worker.
+          **details: what else the operation needs, of JSON types.
+
+        Returns:
+          the result and its array: uint8 of `result["shape"]`, or None.
+
+        Raises:
+          MediaError: what the worker found wrong, or that it crashed or took too long.
+        """
+        request = {
+            "operation": operation,
+            "path": path,
+            "limits": dataclasses.asdict(limits),
+            **details,
+        }
+        with self._lock:
+            try:
+                header, body = self._exchange_twice(wire.pack(request), limits.max_seconds)
+            except _Late:
+                self._stop()
+                raise MediaError(
+                    path,
+                    f"decoding took longer than {limits.max_seconds:g} s and was stopped",
+                    "convert or cut the file, or raise Limits.max_seconds",
+                ) from None
+            except _Crashed as crash:
+                raise MediaError(
+                    path, f"the decoder crashed on it ({crash})", "convert the file to H.264 .mp4"
+                ) from None
+            except BaseException:
+                self._stop()  # an interrupt: the reply would otherwise meet the next request
+                raise
+        if "error" in header:
+            raise MediaError(*header["error"])
+        return header["result"], body
+
+    def close(self):
+        """End the worker, if one runs."""
+        with self._lock:
+            self._stop()
+
+    def forget(self):
+        """After a fork, in the child: let go of the parent's worker without touching it."""
+        self._lock = threading.Lock()
+        worker, self._worker, self._log = self._worker, None, None
+        if worker is not None:
+            # Our copies of its pipes would keep it alive when the parent is gone.
+            worker.stdin.close()
+            worker.stdout.close()
+            worker.returncode = 0  # not ours to wait for
+
+    def _exchange_twice(self, message: bytes, seconds: float):
+        """One request and its reply; a crash of a worker that served before is tried once more.
+
+        Such a worker may have died between requests, or of what an earlier file did to it; a fresh
+        one tells.
+        """
+        if self._worker is not None:
+            try:
+                return self._exchange(message, time.monotonic() + seconds)
+            except _Crashed:
+                pass
+        self._start()
+        return self._exchange(message, time.monotonic() + seconds + _START_SECONDS)
+
+    def _exchange(self, message: bytes, deadline: float):
+        try:
+            self._worker.stdin.write(message)
+            lengths = wire.unpack_prefix(self._receive(wire.PREFIX, deadline))
+            header = json.loads(bytes(self._receive(lengths[0], deadline)))
+            body = None
+            if "shape" in header.get("result", ()):
+                body = np.frombuffer(self._receive(lengths[1], deadline), np.uint8)
+                body = body.reshape(header["result"]["shape"])
+            return header, body
+        except (BrokenPipeError, EOFError):
+            raise _Crashed(self._last_words()) from None
+
+    def _receive(self, count: int, deadline: float) -> bytearray:
+        """Exactly so many bytes of the reply."""
+        data = bytearray(count)
+        view, pipe = memoryview(data), self._worker.stdout.fileno()
+        poll = select.poll()
+        poll.register(pipe, select.POLLIN)
+        while view:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise _Late
+            got = os.readv(pipe, [view[:_CHUNK]])
+            if got == 0:
+                raise EOFError
+            view = view[got:]
+        return data
+
+    def _start(self):
+        self._log = tempfile.TemporaryFile()
+        environment = dict(os.environ)
+        # What this process can import, the worker can. It multiplies nothing: one BLAS thread.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment["OPENBLAS_NUM_THREADS"] = "1"
+        self._worker = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vllama2_jax.media.decoder", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            bufsize=0,
+            env=environment,
+        )
+
+    def _last_words(self) -> str:
+        """How the worker ended; it is gone afterwards."""
+        try:
+            code = self._worker.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self._log.seek(0)
+        lines = self._log.read()[-2000:].decode(errors="replace").strip().splitlines()
+        self._stop()
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return f"{how}: {lines[-1]}" if lines else how
+
+    def _stop(self):
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return
+        worker.kill()
+        worker.wait()
+        worker.stdin.close()
+        worker.stdout.close()
+        self._log.close()
+
+
+DECODER = Decoder()
+atexit.register(DECODER.close)
+os.register_at_fork(after_in_child=DECODER.forget)

@@ -1,0 +1,69 @@
+"""How released checkpoints saw their media, quirk by quirk, and what the paper says instead."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPreset:
+    """The numeric choices of reading media; plain JSON types, stored in a model card.
+
+    Attributes:
+      name: "reference", "paper", or your own.
+      square_pad: pad frames to a square in the tower's mean colour before resizing. The original
+        trains with it (SFT) but does not pad in inference, where CLIP cuts the long sides and
+        SigLIP squashes them.
+      sampling: "midpoint" takes the middle of each of `num_frames` equal segments; "linspace" is
+        the rule of June 2024, evenly spaced from first to last frame, truncated.
+      clip_end_minus_one: a clip from s to e seconds is the frames max(int(s*fps) - 1, 0) to
+        int(e*fps) - 1; otherwise every frame n with s <= n/fps < e, and one at least.
+      gif_drops_repeats: frames of a GIF are picked by membership in the set of sampled numbers, so
+        a short one gives fewer, and black frames fill the rest.
+      gif_fps: frames per second that a GIF is taken to have; 0 means its own average.
+      folder_fps: frames per second of a folder of images.
+      black_frames_transposed: a black filler frame has the width and height of the frame before it
+        swapped (visible only together with `square_pad`).
+      max_frames: a clip is cut to its first so many frames, not sampled again; 0 means no cut.
+      exif_rotation: turn image files as their EXIF orientation says.
+    """
+
+    name: str
+    square_pad: bool
+    sampling: str
+    clip_end_minus_one: bool
+    gif_drops_repeats: bool
+    gif_fps: float
+    folder_fps: float
+    black_frames_transposed: bool
+    max_frames: int
+    exif_rotation: bool
+
+    def __post_init__(self):
+        if self.sampling not in ("midpoint", "linspace"):
+            raise ValueError(f"unknown sampling {self.sampling!r}; known: midpoint, linspace")
+
+
+REFERENCE = MediaPreset(
+    name="reference",
+    square_pad=False,
+    sampling="midpoint",
+    clip_end_minus_one=True,
+    gif_drops_repeats=True,
+    gif_fps=25.0,
+    folder_fps=3.0,
+    black_frames_transposed=True,
+    max_frames=32,
+    exif_rotation=False,
+)
+PAPER = MediaPreset(
+    name="paper",
+    square_pad=True,
+    sampling="midpoint",
+    clip_end_minus_one=False,
+    gif_drops_repeats=False,
+    gif_fps=0.0,
+    folder_fps=3.0,
+    black_frames_transposed=False,
+    max_frames=0,
+    exif_rotation=True,
+)
+PRESETS = {preset.name: preset for preset in (REFERENCE, PAPER)}

@@ -1,0 +1,166 @@
+"""Shapes of the networks, as frozen dataclasses that hold no arrays and no code.
+
+They are what a checkpoint's model card stores, and all that a network is built from.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A CLIP or SigLIP image tower, read at one of its hidden layers.
+
+    `select_layer` counts like the original's `mm_vision_select_layer`: -2 is the output of the
+    last block but one, so only `num_blocks_used` blocks are ever run or stored.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    activation: str  # "quick_gelu" (CLIP) or "gelu_tanh" (SigLIP)
+    norm_eps: float
+    class_token: bool  # CLIP: one class token in front, dropped from the output
+    pre_norm: bool  # CLIP: LayerNorm between embeddings and blocks
+    patch_bias: bool  # SigLIP: the patch convolution has a bias
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    select_layer: int = -2
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side (SigLIP's 384 = 27 * 14 + 6 leaves 6 pixels unused)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens per frame."""
+        return self.grid**2
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def num_blocks_used(self) -> int:
+        """Blocks in front of the selected hidden state (23 of 24 for CLIP at -2)."""
+        return (
+            self.num_layers + 1 + self.select_layer if self.select_layer < 0 else self.select_layer
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """A vision-to-decoder connector; `kind` names it as the original's `mm_projector_type` does.
+
+    The three free axes of the paper's Table 1 are `depth` (RegStage blocks per stage, 0 = none),
+    `sampler` and `downsample`; `connector_config` in `zoo.py` fills them in for each kind.
+    """
+
+    kind: str
+    in_dim: int
+    out_dim: int
+    sampler: str  # "conv", "pool" or "mean" (mean over time, then an MLP)
+    downsample: tuple[int, int, int] = (2, 2, 2)  # kernel = stride over (time, height, width)
+    padding: tuple[int, int, int] = (0, 0, 0)  # zeros on each side of (time, height, width)
+    depth: int = 4  # bottleneck blocks in each of the two RegStages
+    mlp_depth: int = 2  # dense layers of the read-out
+
+    def num_tokens(self, num_frames: int, grid: int) -> int:
+        """Decoder slots that one clip of `num_frames` frames of `grid` x `grid` patches takes."""
+        if self.sampler == "mean":
+            return grid * grid
+        t, h, w = (
+            (size + 2 * pad - step) // step + 1
+            for size, pad, step in zip(
+                (num_frames, grid, grid), self.padding, self.downsample, strict=True
+            )
+        )
+        if min(t, h, w) < 1:
+            raise ValueError(
+                f"{self.kind} cannot take {num_frames} frame(s) of {grid}x{grid} patches: "
+                f"its window is {self.downsample}; give it more frames"
+            )
+        return t * h * w
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A Mistral, Mixtral, Qwen2 or Llama decoder."""
+
+    family: str  # "mistral", "mixtral", "qwen2" or "llama"
+    vocab_size: int
+    width: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool = False
+    num_experts: int = 0  # 0: dense MLP
+    top_k: int = 2  # experts per token
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
+    max_positions: int = 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class VLlama2Config:
+    """The whole network: frames -> tower -> connector -> decoder."""
+
+    name: str
+    vision: ViTConfig
+    connector: ConnectorConfig
+    decoder: DecoderConfig
+    num_frames: int  # the clip length the checkpoint was trained with
+
+    def __post_init__(self):
+        """Refuse parts that do not fit each other."""
+        if self.connector.in_dim != self.vision.width:
+            raise ValueError(
+                f"connector.in_dim {self.connector.in_dim} != vision.width {self.vision.width}"
+            )
+        if self.connector.out_dim != self.decoder.width:
+            raise ValueError(
+                f"connector.out_dim {self.connector.out_dim} != decoder.width {self.decoder.width}"
+            )
+
+    def num_media_tokens(self, num_frames: int | None = None) -> int:
+        """Decoder slots that one clip takes."""
+        return self.connector.num_tokens(num_frames or self.num_frames, self.vision.grid)
+
+
+def config_to_dict(config) -> dict:
+    """Plain JSON types of a config, nested."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(cls, data: dict):
+    """Rebuild a config dataclass from `config_to_dict`; unknown or missing fields are an error.
+
+    Raises:
+      ValueError: naming the class and every field that does not fit.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    unknown, missing = sorted(set(data) - set(fields)), sorted(required - set(data))
+    if unknown or missing:
+        raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
+    values = {}
+    for name, value in data.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = config_from_dict(kind, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)

@@ -1,0 +1,76 @@
+"""AdamW under a cosine schedule with warm-up, over what trains and nothing else."""
+
+import dataclasses
+
+import jax
+import optax
+
+from vllama2_jax.train.trainable import Rule
+
+# No weight decay on anything but matrices, embeddings and convolution kernels.
+_DECAYED = ("kernel", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are the original's, but for the learning rate.
+
+    Attributes:
+      learning_rate: at the peak.
+      steps: of the whole run.
+      warmup_steps: linear, from 0 at step 0.
+      weight_decay: decoupled, times the learning rate; kernels and embeddings only.
+      b1, b2, eps: of Adam.
+      clip_norm: upper limit of the gradients' global norm; None does not clip.
+    """
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = None
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """Step -> learning rate: linear from 0, then half a cosine down to 0 at `steps`."""
+    if not 0 <= config.warmup_steps < config.steps:
+        raise ValueError(
+            f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
+        )
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if config.warmup_steps else config.learning_rate,
+        config.learning_rate,
+        config.warmup_steps,
+        config.steps,
+    )
+
+
+def make_optimizer(
+    config: OptimizerConfig, assigned: dict[str, Rule]
+) -> optax.GradientTransformation:
+    """The update rule for the flat dict of trainable parameters that `partition` returns."""
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps))
+    if config.weight_decay:
+        parts.append(
+            optax.add_decayed_weights(
+                config.weight_decay,
+                mask=lambda params: {p: p.rsplit("/", 1)[-1] in _DECAYED for p in params},
+            )
+        )
+    parts.append(optax.scale_by_learning_rate(learning_rate(config)))
+    if any(rule.lr_scale != 1 for rule in assigned.values()):
+        parts.append(
+            optax.stateless(
+                lambda updates, _: {
+                    path: jax.tree.map(lambda u, s=assigned[path].lr_scale: u * s, update)
+                    for path, update in updates.items()
+                }
+            )
+        )
+    return optax.chain(*parts)

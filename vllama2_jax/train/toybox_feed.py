@@ -1,0 +1,144 @@
+"""Toybox batches made in memory; batch number k is a function of (seed, k) alone."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from vllama2_jax.data.toybox_questions import Question, ask_about, describe
+from vllama2_jax.data.toybox_scenes import MOMENTS, Scene, render, sample_scene
+from vllama2_jax.models.vllama2 import Batch
+from vllama2_jax.text import Supervised, Tokenizer, sft_example, supervise
+
+TEMPLATE = "chatml"
+# By how much there is to learn: moving things are asked about in three ways, and to pick one of the
+# two names that a question about order holds takes a decoder longest.
+CLIP_WEIGHTS = {"motion": 0.3, "order": 0.4, "count": 0.12, "change": 0.18}
+TEXT_WEIGHTS = {"motion": 0.2, "order": 0.5, "count": 0.15, "change": 0.15}
+# Share of text-only conversations that give the answer away in words; the rest must be guessed.
+_WITH_STORY = 0.7
+_NOISE = 5  # in steps of 255, so that encoded videos look familiar
+_TEXT_PER_ROW = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyboxFeed:
+    """Makes batches of training scenes for one model.
+
+    Attributes:
+      tokenizer: its ids.
+      media_tokens: slots that a clip takes.
+      image_size: pixels along a side of a frame.
+      length: slots of a row.
+      rows: of a batch.
+      seed: decides everything.
+    """
+
+    tokenizer: Tokenizer
+    media_tokens: int
+    image_size: int
+    length: int
+    rows: int
+    seed: int
+
+    def text(self) -> Iterator[Batch]:
+        """Endless batches of conversations without a video, several in a row."""
+        number = 0
+        while True:
+            rng = np.random.default_rng([self.seed, 0, number])
+            examples = [
+                [self._text_example(rng) for _ in range(_TEXT_PER_ROW)] for _ in range(self.rows)
+            ]
+            yield Batch(
+                frames=None, clip_frames=None, clip_mask=None, **pack_rows(examples, self.length)
+            )
+            number += 1
+
+    def clips(self) -> Iterator[Batch]:
+        """Endless batches of clips with all their questions, and a text where there is room."""
+        clip_frames = np.broadcast_to(np.arange(MOMENTS, dtype=np.int32), (self.rows, 1, MOMENTS))
+        number = 0
+        while True:
+            rng = np.random.default_rng([self.seed, 1, number])
+            examples, frames = [], []
+            for _ in range(self.rows):
+                scene = training_scene(rng)
+                examples.append([self._clip_example(scene, rng), self._text_example(rng)])
+                frames.append(noisy(render(scene, self.image_size), rng))
+            yield Batch(
+                frames=np.stack(frames),
+                clip_frames=clip_frames,
+                clip_mask=np.ones((self.rows, 1), bool),
+                **pack_rows(examples, self.length),
+            )
+            number += 1
+
+    def _clip_example(self, scene: Scene, rng) -> Supervised:
+        questions = _in_any_order(ask_about(scene, rng), rng)
+        return self._example("<video>\n", questions, self.media_tokens)
+
+    def _text_example(self, rng) -> Supervised:
+        scene = training_scene(rng, TEXT_WEIGHTS)
+        questions = _in_any_order(ask_about(scene, rng), rng)
+        if rng.random() < _WITH_STORY:
+            prefix = describe(scene) + "\n"
+        else:
+            # What inference sends when there is no video; answers must not give away each other.
+            prefix, questions = "\n", questions[:1]
+        return self._example(prefix, questions, 0)
+
+    def _example(self, prefix: str, questions, media_tokens: int) -> Supervised:
+        messages = []
+        for question in questions:
+            messages.append({"role": "user", "content": prefix + question.text})
+            messages.append({"role": "assistant", "content": question.answer})
+            prefix = ""
+        return supervise(sft_example(messages, TEMPLATE, self.tokenizer), media_tokens)
+
+
+def pack_rows(rows: list[list[Supervised]], length: int) -> dict[str, np.ndarray]:
+    """The text arrays of a `Batch`: each row's examples one after the other, segments from 1 on.
+
+    Args:
+      rows: examples of each row; only the first of a row may hold media.
+      length: of a row; an example that no longer fits is left out, but the first must fit.
+
+    Raises:
+      ValueError: if a row's first example is longer than the row.
+    """
+    shape = (len(rows), length)
+    out = {
+        name: np.zeros(shape, np.int32)
+        for name in ("tokens", "positions", "segment_ids", "targets")
+    }
+    out["media_index"] = np.full(shape, -1, np.int32)
+    out["target_weights"] = np.zeros(shape, np.float32)
+    for i, examples in enumerate(rows):
+        begin = 0
+        for segment, example in enumerate(examples, start=1):
+            end = begin + len(example.tokens)
+            if end > length:
+                if segment == 1:
+                    raise ValueError(f"an example of {end} tokens does not fit a row of {length}")
+                continue
+            for name in ("tokens", "targets", "target_weights", "media_index"):
+                out[name][i, begin:end] = getattr(example, name)
+            out["positions"][i, begin:end] = np.arange(end - begin)
+            out["segment_ids"][i, begin:end] = segment
+            begin = end
+    return out
+
+
+def _in_any_order(questions: list[Question], rng) -> list[Question]:
+    return [questions[i] for i in rng.permutation(len(questions))]
+
+
+def training_scene(rng: np.random.Generator, weights: dict[str, float] = CLIP_WEIGHTS) -> Scene:
+    """A scene of the training split; `weights` are the shares of the families."""
+    return sample_scene(rng, "train", str(rng.choice(list(weights), p=list(weights.values()))))
+
+
+def noisy(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The frames with the noise that makes encoded videos look familiar; uint8."""
+    noise = rng.integers(-_NOISE, _NOISE + 1, frames.shape, dtype=np.int16)
+    return np.clip(frames + noise, 0, 255).astype(np.uint8)
