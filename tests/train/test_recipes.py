@@ -9,7 +9,9 @@ import pytest
 
 from vllama2_jax.checkpoints import load_model
 from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.train import recipes
+from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.optimizer import OptimizerConfig
 
 
@@ -27,7 +29,7 @@ def short(monkeypatch):
 def test_recipe_saves_a_model_that_loads_and_logs_every_step(short, tmp_path, capsys):
     folder = recipes.run("config:short", tmp_path / "run")
     params, card = load_model(folder, lambda card: abstract_params(card.config))
-    assert card.config == recipes.TINY
+    assert card.config == ZOO["tiny"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [
@@ -45,12 +47,12 @@ def test_unknown_recipe_is_named(tmp_path):
 
 
 def test_tiny_fits_the_package():
-    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(recipes.TINY))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(ZOO["tiny"]))]
     assert 1.5e6 < sum(sizes) and 2 * sum(sizes) < 8e6
 
 
 def test_narrow_decoder_starts_with_matrices_that_keep_their_inputs_size():
-    params = recipes.initial_params(recipes.RECIPES["tiny"], 0)["decoder"]
+    params = initial_params(ZOO["tiny"], 0)["decoder"]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, 160)).astype(np.float32)
     for name in ("gate", "up"):
@@ -59,6 +61,6 @@ def test_narrow_decoder_starts_with_matrices_that_keep_their_inputs_size():
     assert float(params["embed_tokens"]["embedding"].std()) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_position_embeddings_start_with_the_recipes_spread():
-    params = recipes.initial_params(recipes.RECIPES["tiny"], 0)
+def test_position_embeddings_start_wide():
+    params = initial_params(ZOO["tiny"], 0)
     assert float(params["vision"]["position_embed"].std()) == pytest.approx(0.5, rel=1e-3)

@@ -14,8 +14,10 @@ from vllama2_jax.data.toybox_scenes import (
     render,
     sample_scene,
 )
+from vllama2_jax.models.zoo import ZOO
+from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
-from vllama2_jax.train.recipes import Recipe, Stage, initial_params, make_task, new_heads
+from vllama2_jax.train.recipes import Stage, make_task, new_heads
 from vllama2_jax.train.schooling import (
     CLIP_HEADS,
     clip_labels,
@@ -24,7 +26,6 @@ from vllama2_jax.train.schooling import (
     picture_batches,
 )
 from vllama2_jax.train.step import init_state, make_step
-from vllama2_jax.train.tiny import TINY
 from vllama2_jax.train.trainable import Rule, assign_rules, partition
 
 
@@ -74,8 +75,8 @@ def _narrow(config):
 
 @pytest.mark.parametrize("task", ["tower", "connector"])
 def test_schooling_lowers_its_loss_and_touches_only_its_part(task):
-    config = _narrow(TINY)
-    params = initial_params(Recipe(config, ()), 0)
+    config = _narrow(ZOO["tiny"])
+    params = initial_params(config, 0)
     params |= new_heads(config, task, 0)
     part = {"tower": "vision", "connector": "connector"}[task]
     rules = (Rule(f"({part}|heads)/.*", "train"), Rule(".*", "freeze"))
@@ -98,6 +99,6 @@ def test_schooling_lowers_its_loss_and_touches_only_its_part(task):
 
 @pytest.mark.parametrize("batches", [picture_batches, labelled_clips])
 def test_schooling_batches_are_reproducible(batches):
-    first, again = (next(batches(TINY, 2, 5)) for _ in range(2))
+    first, again = (next(batches(ZOO["tiny"], 2, 5)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert first["frames"].shape[-3:] == (64, 64, 3)

@@ -9,7 +9,7 @@ import sentencepiece
 from vllama2_jax.data.toybox_questions import ask_about, describe
 from vllama2_jax.data.toybox_scenes import sample_scene
 
-VOCAB_SIZE = 640
+VOCAB_SIZE = 640  # that of the zoo's `tiny`
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # In front, so that their ids (0 is the unknown piece) are 1, 2, 3, 4 whatever the rest is.
 _SYMBOLS = (END_OF_TEXT, TURN_START, TURN_END, "\n")

@@ -45,6 +45,22 @@ SIGLIP_SO400M_384 = ViTConfig(
     image_std=SIGLIP_STD,
 )
 
+TINY_TOWER = ViTConfig(
+    image_size=64,
+    patch_size=8,
+    width=96,
+    mlp_dim=256,
+    num_layers=3,
+    num_heads=3,
+    activation="gelu_tanh",
+    norm_eps=1e-6,
+    class_token=False,
+    pre_norm=False,
+    patch_bias=True,
+    image_mean=SIGLIP_MEAN,
+    image_std=SIGLIP_STD,
+)
+
 TOWERS = {
     "openai/clip-vit-large-patch14-336": CLIP_L_336,
     "google/siglip-so400m-patch14-384": SIGLIP_SO400M_384,
@@ -97,6 +113,20 @@ VICUNA_7B = DecoderConfig(
     max_positions=4096,
 )
 
+TINY_DECODER = DecoderConfig(
+    family="qwen2",
+    vocab_size=640,
+    width=160,
+    mlp_dim=448,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    max_positions=2048,
+)
 
 # kind -> (sampler, downsample, padding, RegStage depth, read-out layers)
 _CONNECTORS = {
@@ -123,15 +153,23 @@ _CONNECTORS = {
 CONNECTOR_KINDS = tuple(_CONNECTORS)
 
 
-def connector_config(kind: str, in_dim: int, out_dim: int) -> ConnectorConfig:
+def connector_config(
+    kind: str, in_dim: int, out_dim: int, depth: int | None = None
+) -> ConnectorConfig:
     """The connector that the original's `mm_projector_type` calls `kind`, or a Table 1 row.
+
+    Args:
+      kind: its name.
+      in_dim: of the tower's features.
+      out_dim: of the decoder.
+      depth: blocks per RegStage, for models too small for the published 4.
 
     Raises:
       ValueError: for an unknown kind, listing the known ones.
     """
     if kind not in _CONNECTORS:
         raise ValueError(f"unknown connector {kind!r}; known: {', '.join(_CONNECTORS)}")
-    sampler, downsample, padding, depth, mlp_depth = _CONNECTORS[kind]
+    sampler, downsample, padding, published_depth, mlp_depth = _CONNECTORS[kind]
     return ConnectorConfig(
         kind=kind,
         in_dim=in_dim,
@@ -139,16 +177,16 @@ def connector_config(kind: str, in_dim: int, out_dim: int) -> ConnectorConfig:
         sampler=sampler,
         downsample=downsample,
         padding=padding,
-        depth=depth,
+        depth=published_depth if depth is None else depth,
         mlp_depth=mlp_depth,
     )
 
 
-def _model(name, vision, connector, decoder, num_frames) -> VLlama2Config:
+def _model(name, vision, connector, decoder, num_frames, depth=None) -> VLlama2Config:
     return VLlama2Config(
         name=name,
         vision=vision,
-        connector=connector_config(connector, vision.width, decoder.width),
+        connector=connector_config(connector, vision.width, decoder.width, depth),
         decoder=decoder,
         num_frames=num_frames,
     )
@@ -162,6 +200,7 @@ ZOO = {
         _model("2-8x7B", CLIP_L_336, "stc_connector", MIXTRAL_8X7B, 8),
         _model("2-72B", CLIP_L_336, "stc_connector_v35", QWEN2_72B, 8),
         _model("2.1-7B-16F", SIGLIP_SO400M_384, "stc_connector_v35", QWEN2_7B, 16),
+        _model("tiny", TINY_TOWER, "stc_connector_v35", TINY_DECODER, 8, depth=1),
     )
 }
 

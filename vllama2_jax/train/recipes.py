@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from rich.console import Console
@@ -23,13 +22,14 @@ from vllama2_jax.data.toybox_tokenizer import END_OF_TEXT, TURN_END, train_token
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.models.vllama2 import VLlama2, init_params
+from vllama2_jax.models.vllama2 import VLlama2
+from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 from vllama2_jax.train import schooling
+from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.loop import run_steps
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
 from vllama2_jax.train.step import batch_loss, init_state, make_step
-from vllama2_jax.train.tiny import TINY, widen_decoder
 from vllama2_jax.train.toybox_feed import TEMPLATE, ToyboxFeed
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, parameter_table, partition
 
@@ -64,13 +64,10 @@ class Recipe:
     Attributes:
       config: the network.
       stages: one after the other.
-      position_std: of the tower's position embeddings at the start. With the usual small ones (0.02
-        in place of 0.5) the way of a motion is not learnt in minutes, or not at all.
     """
 
     config: VLlama2Config
     stages: tuple[Stage, ...]
-    position_std: float = 0.5
 
 
 def _adam(learning_rate: float, steps: int, warmup_steps: int) -> OptimizerConfig:
@@ -83,13 +80,13 @@ def _only(*parts: str) -> tuple[Rule, ...]:
 
 RECIPES = {
     "tiny": Recipe(
-        TINY,
+        ZOO["tiny"],
         (
             Stage("tower", _only("vision", _HEADS), _adam(2e-3, 1200, 50), rows=32),
             Stage("connector", _only("connector", _HEADS), _adam(3e-3, 1000, 30), rows=24),
-            Stage("text", _only("decoder"), _adam(2e-3, 600, 30), rows=16, length=192),
+            Stage("text", _only("decoder"), _adam(2e-3, 900, 30), rows=16, length=192),
             Stage(
-                "clips", _only("connector", "decoder"), _adam(1.5e-3, 600, 30), rows=24, length=144
+                "clips", _only("connector", "decoder"), _adam(1.5e-3, 900, 30), rows=24, length=144
             ),
         ),
     )
@@ -140,7 +137,7 @@ def run(name: str, out: str | Path, seed: int = 0) -> Path:
 
 def train(recipe: Recipe, tokenizer: Tokenizer, seed: int, log: Callable[[dict], None]) -> dict:
     """Run all stages of a recipe; returns the parameters, a nested dict of float32 arrays."""
-    params = initial_params(recipe, seed)
+    params = initial_params(recipe.config, seed)
     console = Console()
     for stage in recipe.stages:
         params = {**params, **new_heads(recipe.config, stage.task, seed)}
@@ -160,15 +157,6 @@ def train(recipe: Recipe, tokenizer: Tokenizer, seed: int, log: Callable[[dict],
         )
         params = combine(state.trainable, frozen)
         params.pop(_HEADS, None)
-    return params
-
-
-def initial_params(recipe: Recipe, seed: int) -> dict:
-    """Random parameters, a nested dict of float32 arrays."""
-    params = nn.meta.unbox(init_params(recipe.config, jax.random.key(seed)))
-    positions = params["vision"]["position_embed"]
-    params["vision"]["position_embed"] = positions * (recipe.position_std / positions.std())
-    params["decoder"] = widen_decoder(params["decoder"], recipe.config.decoder)
     return params
 
 

@@ -13,10 +13,15 @@ from vllama2_jax.text import Supervised, Tokenizer, sft_example, supervise
 TEMPLATE = "chatml"
 # By how much there is to learn: moving things are asked about in three ways, and to pick one of the
 # two names that a question about order holds takes a decoder longest.
-CLIP_WEIGHTS = {"motion": 0.3, "order": 0.4, "count": 0.12, "change": 0.18}
-TEXT_WEIGHTS = {"motion": 0.2, "order": 0.5, "count": 0.15, "change": 0.15}
+CLIP_WEIGHTS = {"motion": 0.25, "order": 0.35, "count": 0.12, "change": 0.28}
+TEXT_WEIGHTS = {"motion": 0.15, "order": 0.6, "count": 0.1, "change": 0.15}
 # Share of text-only conversations that give the answer away in words; the rest must be guessed.
-_WITH_STORY = 0.7
+_WITH_STORY = 0.5
+# Share of scenes to be told in words, not asked about: a sentence names all that a clip shows, and
+# an answer one thing of it. What is counted has no order to be told in.
+_TOLD = 0.4
+_TOLD_FAMILIES = ("motion", "order", "change")
+_TELL = ("Describe the video.", "What happens in this video?", "Tell me what you see.")
 _NOISE = 5  # in steps of 255, so that encoded videos look familiar
 _TEXT_PER_ROW = 4
 
@@ -74,18 +79,15 @@ class ToyboxFeed:
             number += 1
 
     def _clip_example(self, scene: Scene, rng) -> Supervised:
-        questions = _in_any_order(ask_about(scene, rng), rng)
-        return self._example("<video>\n", questions, self.media_tokens)
+        return self._example("<video>\n", _tell_or_ask(scene, rng), self.media_tokens)
 
     def _text_example(self, rng) -> Supervised:
         scene = training_scene(rng, TEXT_WEIGHTS)
-        questions = _in_any_order(ask_about(scene, rng), rng)
         if rng.random() < _WITH_STORY:
-            prefix = describe(scene) + "\n"
-        else:
-            # What inference sends when there is no video; answers must not give away each other.
-            prefix, questions = "\n", questions[:1]
-        return self._example(prefix, questions, 0)
+            questions = _in_any_order(ask_about(scene, rng), rng)
+            return self._example(describe(scene) + "\n", questions, 0)
+        # What inference sends when there is no video; answers must not give away each other.
+        return self._example("\n", _tell_or_ask(scene, rng)[:1], 0)
 
     def _example(self, prefix: str, questions, media_tokens: int) -> Supervised:
         messages = []
@@ -127,6 +129,12 @@ def pack_rows(rows: list[list[Supervised]], length: int) -> dict[str, np.ndarray
             out["segment_ids"][i, begin:end] = segment
             begin = end
     return out
+
+
+def _tell_or_ask(scene: Scene, rng) -> list[Question]:
+    if scene.family in _TOLD_FAMILIES and rng.random() < _TOLD:
+        return [Question("tell", _TELL[rng.integers(len(_TELL))], describe(scene))]
+    return _in_any_order(ask_about(scene, rng), rng)
 
 
 def _in_any_order(questions: list[Question], rng) -> list[Question]:
