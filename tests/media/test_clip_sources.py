@@ -14,6 +14,8 @@ from vllama2_jax.media import (
     REFERENCE,
     SIGLIP_384,
     ImageSpec,
+    Limits,
+    MediaError,
     MediaPreset,
     load_clip,
     normalise,
@@ -179,9 +181,77 @@ def test_presets_and_specs_are_plain_json():
         ImageSpec(8, "fill", (0, 0, 0), (1, 1, 1))
 
 
-def test_num_frames_below_one_is_refused():
-    with pytest.raises(ValueError, match="at least one frame"):
-        load_clip(pictures(2), spec=SPEC, num_frames=0)
+@pytest.mark.parametrize(
+    ("num_frames", "words"), [(0, "at least one frame"), (2.5, "a whole number"), ("8", "a whole")]
+)
+def test_num_frames_that_are_no_count_are_refused(num_frames, words):
+    with pytest.raises(ValueError, match=words):
+        load_clip(pictures(2), spec=SPEC, num_frames=num_frames)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    path = write_video(tmp_path / "v.mp4", pictures(60))
+    truth = load_clip(path, spec=SPEC, num_frames=2, start=1, end=2)
+    found = load_clip(
+        path,
+        spec=SPEC,
+        num_frames=np.int64(2),
+        start=np.float32(1),
+        end=np.int32(2),
+        limits=Limits(max_pixels=np.int64(10**6), max_seconds=np.float32(60)),
+    )
+    assert np.array_equal(found.frames, truth.frames)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_relative_path_is_of_the_current_folder(tmp_path, monkeypatch, as_list):
+    for folder, picture in zip("ab", pictures(2), strict=True):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture).save(tmp_path / folder / "x.png")
+        monkeypatch.chdir(tmp_path / folder)
+        clip = load_clip(["x.png"] if as_list else "x.png", spec=SPEC, num_frames=1)
+        assert np.array_equal(clip.frames, prepared([picture]))
+        assert clip.source == ("frames" if as_list else "x.png")
+
+
+def test_errors_name_a_relative_path_as_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "frames").mkdir()
+    for name in ("good.png", "frames/bad.png", "bad.png.png"):
+        Image.fromarray(pictures(1)[0]).save(tmp_path / name)
+    (tmp_path / "bad.png").write_text("words")
+    (tmp_path / "frames/bad.png").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    named = {
+        "bad.png": "bad.png",
+        "./bad.png": "./bad.png",
+        "frames": "frames/bad.png",
+        "frames/": "frames/bad.png",
+        "frames/../bad.png": "frames/../bad.png",
+        "nowhere/v.mp4": "nowhere/v.mp4",
+    }
+    for path, name in named.items():
+        with pytest.raises(MediaError) as caught:
+            load_clip(path, spec=SPEC, num_frames=1)
+        assert caught.value.path == name
+    with pytest.raises(MediaError) as caught:
+        load_clip(["good.png", "bad.png"], spec=SPEC, num_frames=1)
+    assert caught.value.path == "bad.png"
+    with pytest.raises(MediaError, match="the path is empty"):
+        load_clip("", spec=SPEC, num_frames=1)
+
+
+def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip:1.mp4", pictures(5))
+    assert probe("clip:1.mp4").num_frames == 5
+
+
+def test_a_relative_path_in_a_folder_that_is_gone_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(MediaError, match=r"^v\.mp4: .*current folder is gone"):
+        load_clip("v.mp4", spec=SPEC, num_frames=1)
 
 
 def test_real_images_equal_the_pil_processor(real_media):

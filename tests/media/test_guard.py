@@ -67,6 +67,48 @@ def test_a_decode_past_its_deadline_is_killed_and_the_next_one_works(video):
     assert DECODER.pid != pid
 
 
+def test_a_request_that_nobody_takes_is_stopped_at_its_deadline(video):
+    truth = load(video)
+    pid = DECODER.pid
+    os.kill(pid, signal.SIGSTOP)
+    more_than_a_pipe_holds = "x" * 300_000
+    with pytest.raises(MediaError, match=r"took longer than 0\.2 s"):
+        DECODER.ask("probe", [str(video)], Limits(max_seconds=0.2), words=more_than_a_pipe_holds)
+    assert not is_alive(pid)
+    assert np.array_equal(load(video).frames, truth.frames)
+
+
+def test_a_long_request_arrives_whole(video):
+    result, _ = DECODER.ask("probe", [str(video)], Limits(), words="x" * 300_000)
+    assert result["num_frames"] == 30
+
+
+def test_a_deadline_that_never_comes_is_no_error(video):
+    assert len(load(video, max_seconds=float("inf")).frames) == 4
+
+
+def test_what_cannot_be_sent_costs_no_worker(video):
+    load(video)
+    pid = DECODER.pid
+    with pytest.raises(TypeError, match="cannot be sent"):
+        DECODER.ask("probe", [str(video)], Limits(), words=object())
+    load(video)
+    assert DECODER.pid == pid
+
+
+def test_a_fault_of_ours_is_not_blamed_on_the_file(video):
+    load(video)
+    pid = DECODER.pid
+    with pytest.raises(MediaError) as caught:
+        DECODER.ask("dance", [str(video)], Limits())
+    error = caught.value
+    assert error.path == str(video) and "internal error (KeyError: 'dance')" in error.cause
+    assert "report" in error.remedy and "\n" not in str(error)
+    assert error.__notes__[0].startswith("Traceback") and "decoder.py" in error.__notes__[0]
+    load(video)
+    assert DECODER.pid == pid
+
+
 def test_a_crash_names_the_file_and_the_next_one_works(video):
     truth = load(video)
     DECODER.close()
@@ -156,6 +198,25 @@ def test_the_worker_ends_with_its_process(video, end, state):
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stderr == ""
     assert gone_within(int(process.stdout), 10)
+
+
+def test_a_thread_in_the_middle_of_a_decode_does_not_hold_up_the_exit(video):
+    code = (
+        "import os, signal, threading, time\n"
+        "from vllama2_jax.media import CLIP_336, load_clip\n"
+        "from vllama2_jax.media.guard import DECODER\n"
+        f"load = lambda: load_clip({str(video)!r}, spec=CLIP_336, num_frames=4)\n"
+        "load()\n"
+        "print(DECODER.pid, flush=True)\n"
+        "os.kill(DECODER.pid, signal.SIGSTOP)\n"
+        "threading.Thread(target=load, daemon=True).start()\n"
+        "while not DECODER._lock.locked():\n"
+        "    time.sleep(0.01)\n"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert process.returncode == 0
+    assert gone_within(int(process.stdout), 5)
 
 
 def test_nothing_of_ffmpeg_reaches_the_users_terminal(video, tmp_path):

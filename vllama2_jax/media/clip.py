@@ -1,6 +1,8 @@
 """Any media as the frames that a tower looks at: `load_clip`."""
 
 import dataclasses
+import math
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vllama2_jax.media.assemble import Reel
-from vllama2_jax.media.errors import Limits, MediaError
+from vllama2_jax.media.errors import Limits, MediaError, no_time_in
 from vllama2_jax.media.guard import DECODER
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE, MediaPreset
+
+_LONGEST = 1e12  # seconds; beyond, counting frames overflows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ def load_clip(
       num_frames: time steps of the clip; None is fps mode for files (about one frame a second) and
         as many as there are for frames. An image is repeated.
       preset: the numeric quirks.
-      start, end: seconds, of files only.
+      start, end: seconds, of files with a time axis only.
       limits: bounds of the read.
 
     Returns:
@@ -86,19 +90,18 @@ def load_clip(
       MediaError: naming the file, what is wrong and what to do.
     """
     limits = limits or Limits()
-    if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}; a clip has at least one frame")
-    if isinstance(media, str | os.PathLike):
-        return _from_file(os.fspath(media), spec, num_frames, preset, start, end, limits)
-    if start is not None or end is not None:
-        raise MediaError(
-            "media", "start and end are for files, not for images in memory", "slice the frames"
-        )
-    reel = Reel(spec, preset)
+    num_frames = _count(num_frames)
+    is_path = isinstance(media, str | os.PathLike)
     is_image = isinstance(media, Image.Image) or (
         isinstance(media, np.ndarray) and media.ndim in (2, 3)
     )
-    source = "image" if is_image else "frames"
+    source = os.fspath(media) if is_path else "image" if is_image else "frames"
+    start, end = _seconds("start", start, source), _seconds("end", end, source)
+    if is_path:
+        return _from_file(source, spec, num_frames, preset, start, end, limits)
+    if start is not None or end is not None:
+        raise no_time_in(source)
+    reel = Reel(spec, preset, limits, source)
     try:
         if is_image:
             reel.add(_within(media, limits, source))
@@ -127,14 +130,41 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
     Raises:
       MediaError: naming the file, what is wrong and what to do.
     """
-    result, _ = DECODER.ask("probe", os.fspath(path), limits or Limits())
+    result, _ = DECODER.ask("probe", [os.fspath(path)], limits or Limits())
     return MediaInfo(**result)
+
+
+def _count(num_frames) -> int | None:
+    """A whole number as Python's own, whichever library it is of."""
+    if num_frames is None:
+        return None
+    try:
+        count = operator.index(num_frames)
+    except TypeError:
+        raise ValueError(f"num_frames is {num_frames!r}; it is a whole number, or None") from None
+    if count < 1:
+        raise ValueError(f"num_frames is {count}; a clip has at least one frame")
+    return count
+
+
+def _seconds(name: str, value, source: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not abs(seconds) < _LONGEST:
+        raise MediaError(
+            source, f"{name} is {value}, not a time", "give a finite number of seconds, or none"
+        )
+    return seconds
 
 
 def _from_file(path, spec, num_frames, preset, start, end, limits) -> Clip:
     result, frames = DECODER.ask(
         "clip",
-        path,
+        [path],
         limits,
         spec=dataclasses.asdict(spec),
         preset=dataclasses.asdict(preset),
@@ -169,9 +199,8 @@ def _add_frames(reel: Reel, media: Sequence, limits: Limits):
     if paths:
         result, frames = DECODER.ask(
             "stills",
-            next(iter(paths)),
+            list(paths),
             limits,
-            paths=list(paths),
             spec=dataclasses.asdict(reel.spec),
             preset=dataclasses.asdict(reel.preset),
         )

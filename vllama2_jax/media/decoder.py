@@ -4,17 +4,19 @@
 parent is gone. Requests and replies are those of `wire.py`.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 
 import numpy as np
 
 from vllama2_jax.media import stills, wire
 from vllama2_jax.media.assemble import Reel
-from vllama2_jax.media.errors import Limits, MediaError
+from vllama2_jax.media.errors import Limits, MediaError, no_time_in
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import MediaPreset
 from vllama2_jax.media.sampling import sample
@@ -63,7 +65,7 @@ class _Chooser:
     """Frame numbers of the asked clip, with the errors and limits of the file they are for."""
 
     def __init__(self, request: dict, limits: Limits, preset: MediaPreset):
-        self.path, self.preset, self._limits = request["path"], preset, limits
+        self.path, self.preset, self._limits = request["paths"][0], preset, limits
         self._num_frames = request["num_frames"]
         self._start, self._end = request["start"], request["end"]
 
@@ -86,12 +88,14 @@ class _Chooser:
 
 def read_clip(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
     """Frames of a file or folder, prepared for the tower."""
-    path = request["path"]
-    reel = Reel(ImageSpec(**request["spec"]), MediaPreset(**request["preset"]))
+    path = request["paths"][0]
+    reel = _reel(request, limits)
     choose = _Chooser(request, limits, reel.preset)
     kind = kind_of(path, limits)
     target = request["num_frames"]
     if kind == "image":
+        if request["start"] is not None or request["end"] is not None:
+            raise no_time_in(path)
         reel.add(stills.read_image(path, limits, reel.preset.exif_rotation))
         reel.index = [0] * (target or 1)
     elif kind == "gif":
@@ -105,19 +109,37 @@ def read_clip(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
     return result, np.stack(reel.frames)
 
 
-def _read_video(path: str, limits: Limits, reel: Reel, choose: _Chooser):
+def _reel(request: dict, limits: Limits) -> Reel:
+    spec, preset = ImageSpec(**request["spec"]), MediaPreset(**request["preset"])
+    return Reel(spec, preset, limits, request["paths"][0])
+
+
+@contextlib.contextmanager
+def _open_video(path: str, limits: Limits):
+    """The open video; what FFmpeg finds wrong where nothing more exact is known, in words."""
+    import av
+
     from vllama2_jax.media.video import VideoFile
 
-    file = VideoFile(path, limits)
     try:
-        places: dict[int, int] = {}
+        with contextlib.closing(VideoFile(path, limits)) as file:
+            yield file
+    except MemoryError:  # PyAV's is an FFmpegError, too; it is no fault of the file
+        raise
+    except av.FFmpegError as error:
+        raise MediaError(
+            path, f"cannot be decoded ({error.strerror})", "make the file again or convert it"
+        ) from None
 
-        def take(number, pixels, seconds):
-            places[number] = reel.add(pixels, seconds)
 
+def _read_video(path: str, limits: Limits, reel: Reel, choose: _Chooser):
+    places: dict[int, int] = {}
+
+    def take(number, pixels, seconds):
+        places[number] = reel.add(pixels, seconds)
+
+    with _open_video(path, limits) as file:
         wanted = file.read(lambda total: choose(total, file.fps), take)
-    finally:
-        file.close()
     reel.index = [places[number] for number in wanted.tolist()]
 
 
@@ -145,24 +167,26 @@ def _read_folder(path: str, limits: Limits, reel: Reel, choose: _Chooser):
     for number in np.unique(wanted).tolist():
         kind_of(files[number], limits)
         image = stills.read_image(files[number], limits, reel.preset.exif_rotation)
-        places[number] = reel.add(image, number / fps)
+        places[number] = reel.add(image, number / fps, files[number])
     reel.index = [places[number] for number in wanted.tolist()]
 
 
 def read_stills(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
     """A list of image files, each prepared; frame i is path i."""
-    reel = Reel(ImageSpec(**request["spec"]), MediaPreset(**request["preset"]))
+    reel = _reel(request, limits)
     for path in request["paths"]:
         kind = kind_of(path, limits)
         if kind not in ("image", "gif"):
             raise MediaError(path, f"a {kind}, not an image", "give a list of image files")
-        reel.add(stills.read_image(path, limits, reel.preset.exif_rotation))
+        if kind == "gif":
+            stills.check_gif(path)
+        reel.add(stills.read_image(path, limits, reel.preset.exif_rotation), source=path)
     return {"sizes": reel.sizes}, np.stack(reel.frames)
 
 
 def probe(request: dict, limits: Limits) -> tuple[dict, None]:
     """What a file holds."""
-    path = request["path"]
+    path = request["paths"][0]
     kind = kind_of(path, limits)
     info = {"kind": kind, "num_frames": 1, "fps": None, "seconds": None, "has_audio": False}
     if kind == "image":
@@ -178,13 +202,8 @@ def probe(request: dict, limits: Limits) -> tuple[dict, None]:
         info["num_frames"] = len(files)
         info["width"], info["height"] = stills.read_image(files[0], limits, False).size
     else:
-        from vllama2_jax.media.video import VideoFile
-
-        file = VideoFile(path, limits)
-        try:
+        with _open_video(path, limits) as file:
             found = file.info()
-        finally:
-            file.close()
         info.update(
             num_frames=found.num_frames,
             fps=found.fps,
@@ -201,7 +220,9 @@ _OPERATIONS = {"clip": read_clip, "stills": read_stills, "probe": probe}
 
 def answer(request: dict) -> tuple[dict, np.ndarray | None]:
     """Header and body of the reply to one request; never raises for what a file can cause."""
+    path = "?"
     try:
+        path = request["paths"][0]
         limits = Limits(**request["limits"])
         result, body = _OPERATIONS[request["operation"]](request, limits)
         if body is not None:
@@ -210,18 +231,17 @@ def answer(request: dict) -> tuple[dict, np.ndarray | None]:
     except MediaError as error:
         return {"error": [error.path, error.cause, error.remedy]}, None
     except MemoryError:
-        return {
-            "error": [
-                request.get("path", "?"),
-                "decoding it takes more memory than there is",
-                "scale it down, or ask for fewer frames",
-            ]
-        }, None
-    except Exception as error:  # whatever a damaged file provokes must name the file
-        cause = f"cannot be decoded ({type(error).__name__}: {error})"
-        return {
-            "error": [request.get("path", "?"), cause, "make the file again or convert it"]
-        }, None
+        cause = "decoding it takes more memory than there is"
+        return {"error": [path, cause, "scale it down, or ask for fewer frames"]}, None
+    except OSError as error:  # a failing disk, or a file that went away meanwhile
+        cause = f"cannot be read ({error.strerror or error})"
+        return {"error": [path, cause, "check the path and the disk it lies on"]}, None
+    except Exception as error:
+        # Damage is told apart where a library meets it, so this is a fault of ours: blaming the
+        # file would hide it.
+        cause = f"the decoder failed with an internal error ({type(error).__name__}: {error})"
+        remedy = "report it as a bug, with its traceback and the file"
+        return {"error": [path, cause, remedy], "traceback": traceback.format_exc()}, None
 
 
 def _no_nan(times: list[float]) -> list[float | None]:

@@ -22,13 +22,23 @@ class MediaError(ValueError):
         return " ".join(text.split())
 
 
+def no_time_in(source: str) -> MediaError:
+    """The error of start or end with media that know no time, on disk as in memory."""
+    return MediaError(
+        source,
+        "start and end are for videos, GIFs and folders, not for images or frames in memory",
+        "leave them out",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """Bounds of one read; beyond each, a `MediaError` says which and how to raise it.
 
     Attributes:
       max_bytes: size of a file (8 GiB: several hours of 1080p).
-      max_pixels: width times height of one frame (64 million: an 8K frame has 33).
+      max_pixels: width times height of one frame (64 million: an 8K frame has 33), as it is read
+        and on the way to the tower's size, which makes a narrow strip grow.
       max_frames: distinct frames that one clip may hold (a guard of memory in fps mode, where the
         preset itself does not cut).
       max_seconds: wall-clock seconds of one read; the decoder is killed when they are over.

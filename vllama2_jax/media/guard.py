@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from vllama2_jax.media import wire
 from vllama2_jax.media.errors import Limits, MediaError
 
 _START_SECONDS = 60.0  # until the first reply of a fresh worker, on top of the file's own deadline
+_END_SECONDS = 5.0  # from the kill to the end of a worker
 _CHUNK = 1 << 20
 
 
@@ -39,6 +41,7 @@ class Decoder:
         self._lock = threading.Lock()
         self._worker: subprocess.Popen | None = None
         self._log = None
+        self._leaving = False
 
     @property
     def pid(self) -> int | None:
@@ -46,13 +49,13 @@ class Decoder:
         return self._worker.pid if self._worker else None
 
     def ask(
-        self, operation: str, path: str, limits: Limits, **details
+        self, operation: str, paths: Sequence[str], limits: Limits, **details
     ) -> tuple[dict, np.ndarray | None]:
         """Have the worker do one thing.
 
         Args:
           operation: a name in `decoder.py`.
-          path: the file that errors name.
+          paths: the files, as the user gave them; errors name them so.
           limits: bounds; `max_seconds` is kept here, by killing the worker.
           **details: what else the operation needs, of JSON types.
 
@@ -62,31 +65,44 @@ class Decoder:
         Raises:
           MediaError: what the worker found wrong, or that it crashed or took too long.
         """
+        sent = [_absolute(path) for path in paths]
         request = {
             "operation": operation,
-            "path": path,
+            "paths": sent,
             "limits": dataclasses.asdict(limits),
             **details,
         }
+        # Before the lock: what cannot be sent costs no worker.
+        message, seconds = wire.pack(request), float(limits.max_seconds)
         with self._lock:
             try:
-                header, body = self._exchange_twice(wire.pack(request), limits.max_seconds)
+                header, body = self._exchange_twice(message, seconds)
             except _Late:
                 self._stop()
                 raise MediaError(
-                    path,
-                    f"decoding took longer than {limits.max_seconds:g} s and was stopped",
+                    paths[0],
+                    f"decoding took longer than {seconds:g} s and was stopped",
                     "convert or cut the file, or raise Limits.max_seconds",
                 ) from None
             except _Crashed as crash:
+                if self._leaving:
+                    raise MediaError(
+                        paths[0], "was not read: this process is ending", "read it earlier"
+                    ) from None
                 raise MediaError(
-                    path, f"the decoder crashed on it ({crash})", "convert the file to H.264 .mp4"
+                    paths[0],
+                    f"the decoder crashed on it ({crash})",
+                    "convert the file to H.264 .mp4",
                 ) from None
             except BaseException:
                 self._stop()  # an interrupt: the reply would otherwise meet the next request
                 raise
         if "error" in header:
-            raise MediaError(*header["error"])
+            found, cause, remedy = header["error"]
+            error = MediaError(_as_given(found, paths, sent), cause, remedy)
+            if "traceback" in header:
+                error.add_note(header["traceback"])  # shown with a traceback, not in the message
+            raise error
         return header["result"], body
 
     def close(self):
@@ -94,9 +110,20 @@ class Decoder:
         with self._lock:
             self._stop()
 
+    def close_at_exit(self):
+        """End the worker for good, even in the middle of another thread's request."""
+        self._leaving = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._stop()
+            finally:
+                self._lock.release()
+        elif (worker := self._worker) is not None:
+            _end(worker)  # that thread lets go of its pipes, if it still comes to it
+
     def forget(self):
         """After a fork, in the child: let go of the parent's worker without touching it."""
-        self._lock = threading.Lock()
+        self._lock, self._leaving = threading.Lock(), False
         worker, self._worker, self._log = self._worker, None, None
         if worker is not None:
             # Our copies of its pipes would keep it alive when the parent is gone.
@@ -114,13 +141,15 @@ class Decoder:
             try:
                 return self._exchange(message, time.monotonic() + seconds)
             except _Crashed:
+                # Silent, as it says nothing yet about this file; if it is the cause, the fresh
+                # worker crashes as well, and that is reported.
                 pass
         self._start()
         return self._exchange(message, time.monotonic() + seconds + _START_SECONDS)
 
     def _exchange(self, message: bytes, deadline: float):
         try:
-            self._worker.stdin.write(message)
+            self._send(message, deadline)
             lengths = wire.unpack_prefix(self._receive(wire.PREFIX, deadline))
             header = json.loads(bytes(self._receive(lengths[0], deadline)))
             body = None
@@ -131,6 +160,15 @@ class Decoder:
         except (BrokenPipeError, EOFError):
             raise _Crashed(self._last_words()) from None
 
+    def _send(self, message: bytes, deadline: float):
+        view, pipe = memoryview(message), self._worker.stdin.fileno()
+        poll = select.poll()
+        poll.register(pipe, select.POLLOUT)
+        while view:
+            _wait(poll, deadline)
+            # So much never blocks once the pipe is ready, even where nobody reads from it.
+            view = view[os.write(pipe, view[: select.PIPE_BUF]) :]
+
     def _receive(self, count: int, deadline: float) -> bytearray:
         """Exactly so many bytes of the reply."""
         data = bytearray(count)
@@ -138,9 +176,7 @@ class Decoder:
         poll = select.poll()
         poll.register(pipe, select.POLLIN)
         while view:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poll.poll(left * 1000):
-                raise _Late
+            _wait(poll, deadline)
             got = os.readv(pipe, [view[:_CHUNK]])
             if got == 0:
                 raise EOFError
@@ -148,6 +184,8 @@ class Decoder:
         return data
 
     def _start(self):
+        if self._leaving:
+            raise _Crashed
         self._log = tempfile.TemporaryFile()
         environment = dict(os.environ)
         # What this process can import, the worker can. It multiplies nothing: one BLAS thread.
@@ -165,7 +203,7 @@ class Decoder:
     def _last_words(self) -> str:
         """How the worker ended; it is gone afterwards."""
         try:
-            code = self._worker.wait(5)
+            code = self._worker.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             code = None
         self._log.seek(0)
@@ -178,13 +216,56 @@ class Decoder:
         worker, self._worker = self._worker, None
         if worker is None:
             return
-        worker.kill()
-        worker.wait()
+        _end(worker)
         worker.stdin.close()
         worker.stdout.close()
         self._log.close()
 
 
+def _absolute(path: str) -> str:
+    """What the worker can open from the folder where it was started.
+
+    Not `os.path.abspath`, which takes "link/.." for the folder that holds the link.
+    """
+    if not path:
+        raise MediaError("''", "the path is empty", "give the path of a file or folder")
+    if os.path.isabs(path):
+        return path
+    try:
+        return os.path.join(os.getcwd(), path)
+    except OSError as error:
+        raise MediaError(
+            path,
+            f"cannot be found: the current folder is gone ({error.strerror})",
+            "give an absolute path",
+        ) from None
+
+
+def _as_given(found: str, given: Sequence[str], sent: Sequence[str]) -> str:
+    """The user's own name for a path of the worker: one that was sent, or a file below it."""
+    if found in sent:
+        return given[sent.index(found)]
+    for own, absolute in zip(given, sent, strict=True):
+        if found.startswith(absolute):
+            return own + found[len(absolute) :]
+    return found
+
+
+def _wait(poll, deadline: float):
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(min(left, 3600) * 1000):  # more, or "never", would overflow
+            return
+    raise _Late
+
+
+def _end(worker: subprocess.Popen):
+    worker.kill()
+    try:
+        worker.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass  # it hangs in the kernel, on a dead disk; the kill takes it when it comes out
+
+
 DECODER = Decoder()
-atexit.register(DECODER.close)
+atexit.register(DECODER.close_at_exit)
 os.register_at_fork(after_in_child=DECODER.forget)

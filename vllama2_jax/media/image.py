@@ -1,6 +1,7 @@
 """Frames as the tower expects them: size, crop, and the NumPy reference of the normalisation."""
 
 import dataclasses
+import math
 
 import numpy as np
 from PIL import Image
@@ -72,6 +73,25 @@ def pad_to_square(image: Image.Image, mean: tuple[float, float, float]) -> Image
     return square
 
 
+def working_size(size: tuple[int, int], spec: ImageSpec, square_pad: bool) -> tuple[int, int]:
+    """(width, height) of the largest picture made on the way from one of `size` to the tower's.
+
+    A narrow strip grows: CLIP's geometry makes 336x20160000 pixels of 1x60000 before it crops,
+    and `square_pad` 60000x60000.
+    """
+    if square_pad:
+        size = (max(size), max(size))
+    enlarged = size if spec.geometry == "stretch" else _resized(size, spec)
+    return max(size, enlarged, key=math.prod)
+
+
+def _resized(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """(width, height) whose short side is the tower's, before the crop."""
+    width, height = size
+    long = int(spec.size * max(size) / min(size))
+    return (spec.size, long) if width <= height else (long, spec.size)
+
+
 def prepare(image, spec: ImageSpec, square_pad: bool) -> np.ndarray:
     """Resize and crop one frame, equal to transformers' PIL image processors bit for bit.
 
@@ -88,10 +108,7 @@ def prepare(image, spec: ImageSpec, square_pad: bool) -> np.ndarray:
         image = pad_to_square(image, spec.mean)
     if spec.geometry == "stretch":
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = int(size * long / short)
-    shape = (size, resized_long) if width <= height else (resized_long, size)
+    shape = _resized(image.size, spec)
     left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
     pixels = np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])

@@ -1,12 +1,14 @@
 """Image files, GIFs and folders of images (Pillow). Runs inside the decoder subprocess."""
 
 import os
+import struct
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vllama2_jax.media.container import count_gif_frames, cut_short
 from vllama2_jax.media.errors import Limits, MediaError
 from vllama2_jax.media.image import to_rgb
 
@@ -14,6 +16,19 @@ IMAGE_SUFFIXES = (
     ".jpg .jpeg .jfif .png .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .tga"
 ).split()
 _AGAIN = "make the file again or copy it once more"
+# What Pillow's readers raise on damaged data; caught around calls into Pillow only, so that the
+# same classes out of our own code are not blamed on a file.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+)
 # `Limits.max_pixels` decides, before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -23,20 +38,30 @@ def open_image(path: str, limits: Limits) -> Image.Image:
     try:
         image = Image.open(path)
     except UnidentifiedImageError:
+        cause = cut_short(path)
+        if cause:
+            raise MediaError(path, cause, _AGAIN) from None
         raise MediaError(
             path, "not an image that can be read", "give a JPEG, PNG, WebP or GIF file"
         ) from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise MediaError(path, f"cannot be read ({error})", _AGAIN) from None
-    width, height = image.size
-    if width * height > limits.max_pixels:
+    except _DAMAGE as error:
+        cause = cut_short(path) or f"cannot be read ({error})"
+        raise MediaError(path, cause, _AGAIN) from None
+    try:
+        _check_size(path, image.size, limits)
+    except MediaError:
         image.close()
+        raise
+    return image
+
+
+def _check_size(path: str, size: tuple[int, int], limits: Limits):
+    if size[0] * size[1] > limits.max_pixels:
         raise MediaError(
             path,
-            f"its {width}x{height} pixels are beyond the limit of {limits.max_pixels}",
+            f"its {size[0]}x{size[1]} pixels are beyond the limit of {limits.max_pixels}",
             "scale it down, or raise Limits.max_pixels",
         )
-    return image
 
 
 def read_image(path: str, limits: Limits, exif_rotation: bool) -> Image.Image:
@@ -54,7 +79,7 @@ def read_image(path: str, limits: Limits, exif_rotation: bool) -> Image.Image:
             if exif_rotation:
                 image = ImageOps.exif_transpose(image)
             return to_rgb(image)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except _DAMAGE as error:
             raise MediaError(path, f"cannot be decoded ({error})", _AGAIN) from None
 
 
@@ -75,6 +100,15 @@ def list_folder(path: str) -> list[str]:
     return files
 
 
+def check_gif(path: str):
+    """Raise a `MediaError` for a GIF that is cut short or has no frames: Pillow tells neither."""
+    count = count_gif_frames(path)
+    if count is None:
+        raise MediaError(path, "is cut short: the end mark of a GIF is missing", _AGAIN)
+    if count == 0:
+        raise MediaError(path, "holds no frames", _AGAIN)
+
+
 class Gif:
     """An open GIF.
 
@@ -87,17 +121,19 @@ class Gif:
     def __init__(self, path: str, limits: Limits):
         """Open the file and walk through its frames' headers."""
         self.path = path
+        check_gif(path)
         self._image = open_image(path, limits)
         durations = []
         try:
             self.num_frames = self._image.n_frames
             for number in range(self.num_frames):
                 self._image.seek(number)
+                _check_size(path, self._image.size, limits)  # a frame may enlarge the picture
                 durations.append(self._image.info.get("duration", 0) / 1000)
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
+        except MediaError:
+            raise
+        except _DAMAGE as error:
             raise MediaError(path, f"cannot be decoded ({error})", _AGAIN) from None
-        if not _has_trailer(path):
-            raise MediaError(path, "is cut short: the end mark of a GIF is missing", _AGAIN)
         self.seconds = np.concatenate([[0.0], np.cumsum(durations)[:-1]])
         total = sum(durations)
         self.fps = self.num_frames / total if total > 0 else 25.0
@@ -114,15 +150,8 @@ class Gif:
                 self._image.seek(number)
                 # Through RGBA: frames of a palette may refer to a transparent colour.
                 image = self._image.convert("RGBA").convert("RGB")
-            except (OSError, ValueError, EOFError, SyntaxError) as error:
+            except _DAMAGE as error:
                 raise MediaError(
                     self.path, f"cannot be decoded at frame {number} ({error})", _AGAIN
                 ) from None
             take(number, image, float(self.seconds[number]))
-
-
-def _has_trailer(path: str) -> bool:
-    """Is the last byte, but for zeros that some writers add, the end mark of a GIF?"""
-    with open(path, "rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size - 4096, 0))
-        return file.read().rstrip(b"\0").endswith(b";")

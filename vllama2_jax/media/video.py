@@ -4,13 +4,13 @@ Runs inside the decoder subprocess (`decoder.py`): this is the only file that to
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from vllama2_jax.media.container import cut_short
+from vllama2_jax.media.container import cut_short, is_known
 from vllama2_jax.media.errors import Limits, MediaError
 from vllama2_jax.media.packets import PacketIndex
 from vllama2_jax.media.rotation import display_matrix, turn
@@ -24,6 +24,7 @@ _FORMATS = (
 # A picture may be shown at most so many pictures after its packet (H.264 and HEVC level limits).
 _MAX_REORDER = 16
 _DAMAGED = "make the file again or copy it once more"
+_NO_FRAMES = "holds no frames"
 
 
 class _Mismatch(Exception):
@@ -80,6 +81,11 @@ class VideoFile:
         if cause:
             return MediaError(self.path, cause, _DAMAGED)
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, av.error.EOFError):
+            if is_known(self.path):
+                # Whole, but FFmpeg met its end while it looked for the first picture.
+                return MediaError(self.path, _NO_FRAMES, _DAMAGED)
+            reason = "it ends before any footage"
         return MediaError(
             self.path,
             f"not a video or image that can be read ({reason})",
@@ -92,6 +98,8 @@ class VideoFile:
             for s in self._container.streams.video
             if not s.disposition & av.stream.Disposition.attached_pic
         ]
+        if not self._container.streams:
+            raise MediaError(self.path, _NO_FRAMES, _DAMAGED)  # not even tracks for them
         if not streams:
             sound = bool(self._container.streams.audio)
             raise MediaError(
@@ -122,14 +130,14 @@ class VideoFile:
         """Read every packet's times and flags; nothing is decoded."""
         self._index = index = PacketIndex()
         try:
-            for packet in self._container.demux(self._stream):
+            for packet in self._of_stream(self._container.demux):
                 if packet.size:
                     index.add(packet)
         except av.FFmpegError:
             index.complete = False
         cut = cut_short(self.path)
         if index.count == 0:
-            raise MediaError(self.path, cut or "holds no frames", _DAMAGED)
+            raise MediaError(self.path, cut or _NO_FRAMES, _DAMAGED)
         self._indexed = index.close(self._stream.codec.canonical_name)
         self.num_frames = self._readable = index.count
         self._complete = index.complete
@@ -144,6 +152,15 @@ class VideoFile:
         if not self._complete:
             # The last pictures may lack neighbours that come before them on the screen.
             self._readable = max(index.count - 1 - _MAX_REORDER, 0)
+
+    def _of_stream(self, read: Callable) -> Iterator:
+        """Packets or frames of the picture track."""
+        try:
+            yield from read(self._stream)
+        except IndexError:  # PyAV knows only the tracks that were there when it opened the file
+            raise MediaError(
+                self.path, "a track begins in the middle of it", "convert it to H.264 .mp4"
+            ) from None
 
     def _rate(self) -> float:
         for rate in (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate):
@@ -174,7 +191,10 @@ class VideoFile:
                 self._read_groups(wanted, take)
                 return wanted
             except (_Mismatch, av.FFmpegError):
-                pass  # decode from the start, which settles it
+                # Nothing is lost by silence: the decode from the start, below, either gives every
+                # wanted frame exactly (and replaces those taken so far) or reports its own error
+                # with the frame at which it met it. It only takes longer.
+                pass
         total = self._read_all(wanted, take)
         if total == self.num_frames:
             return wanted
@@ -210,7 +230,7 @@ class VideoFile:
         may_skip = self._stream.codec.canonical_name != "av1"
         left = len(numbers)  # packets of wanted pictures still to be fed
         started = False
-        for packet in self._container.demux(self._stream):
+        for packet in self._of_stream(self._container.demux):
             if packet.size == 0:
                 break
             if not started:
@@ -244,7 +264,7 @@ class VideoFile:
         self._stream = self._pick_stream()
         remaining, total = set(wanted.tolist()), 0
         try:
-            for frame in self._container.decode(self._stream):
+            for frame in self._of_stream(self._container.decode):
                 if total in remaining:
                     self._take(frame, total, take)
                 total += 1
