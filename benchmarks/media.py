@@ -1,6 +1,6 @@
 """16 sampled frames of a 60 s clip: ours beside plain PyAV and decord, frames compared bit for bit.
 
-    python benchmarks/media.py [--repeats 7] [--folder DIR]     (pip install decord to see its row)
+    python benchmarks/media.py [--repeats 7] [--folder DIR]     (the extra `bench` brings decord)
 
 The clips are rendered here: textured background, moving shapes, film grain; H.264 at 30 frames per
 second, with x264's own key frame interval (250) and with a dense one (30). Every side opens the

@@ -153,6 +153,83 @@ def write_miniature(
     num_frames: int = 4,
 ) -> Miniature:
     """Build random networks and write them as a released checkpoint would lie on disk."""
+    networks, sizes, processor, tokenizer = _build(folder, family, tower, connector, seed)
+    tower_name, vision_config, language_config = sizes
+    config = {
+        **language_config,
+        "model_type": f"videollama2_{family}",
+        "vision_config": vision_config,
+        **_connector_config(tower_name, vision_config, connector, num_frames),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_generation(folder, tokenizer)
+    write_shards(folder, released_state(*networks), shards)
+    vision, projector, language = networks
+    return Miniature(folder, vision, projector, language, processor, tokenizer)
+
+
+def write_base_miniature(
+    root: Path,
+    family: str,
+    tower: str,
+    connector: str,
+    *,
+    seed: int = 0,
+    num_frames: int = 4,
+    old_tower: bool = False,
+) -> Miniature:
+    """A Base repository `root/base`, with the plain `root/language` and `root/tower` it names.
+
+    Returned is the model as the original assembles it: the connector's weights, float32 in
+    `mm_projector.bin`, went through float16.
+
+    Args:
+      root: where the three directories go.
+      family, tower, connector, seed, num_frames: as in `write_miniature`.
+      old_tower: write the tower as transformers 4 wrote a whole CLIP or SigLIP (its image half
+        under `vision_model.`, beside text tensors), instead of a tower alone as version 5 does.
+    """
+    base, language_folder, tower_folder = root / "base", root / "language", root / "tower"
+    base.mkdir(parents=True, exist_ok=True)
+    networks, sizes, processor, tokenizer = _build(language_folder, family, tower, connector, seed)
+    vision, projector, language = networks
+    _, vision_config, language_config = sizes
+
+    plain = {**language_config, "model_type": family}
+    (language_folder / "config.json").write_text(json.dumps(plain))
+    _write_generation(language_folder, tokenizer)
+    write_shards(language_folder, released_state(nn.Module(), nn.Module(), language), 1)
+
+    vision.save_pretrained(tower_folder)
+    if old_tower:
+        (tower_folder / "config.json").write_text(
+            json.dumps(
+                {"model_type": tower, "vision_config": {**vision_config, "model_type": tower}}
+            )
+        )
+        state = {f"vision_model.{name}": tensor for name, tensor in vision.state_dict().items()}
+        state |= {"text_model.final_layer_norm.bias": torch.ones(3), "logit_scale": torch.ones(1)}
+        save_file(state, tower_folder / "model.safetensors", metadata={"format": "pt"})
+
+    config = {
+        # A Base repository repeats the language model's fields; these are wrong on purpose.
+        **{name: 1 for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
+        "model_type": f"videollama2_{family}",
+        "_name_or_path": "language",
+        "tune_mm_mlp_adapter": True,
+        **_connector_config("tower", vision_config, connector, num_frames),
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    state = released_state(nn.Module(), projector, nn.Module())
+    torch.save(state, base / "mm_projector.bin")
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.copy_(parameter.half().float())
+    return Miniature(base, vision, projector, language, processor, tokenizer)
+
+
+def _build(folder: Path, family: str, tower: str, connector: str, seed: int):
+    """The three random networks, their sizes, the processor, and the tokenizer in `folder`."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = write_tokenizer(folder, family)
@@ -162,24 +239,26 @@ def write_miniature(
     for module in (vision, language, projector):
         _randomise(module)
         module.eval().float()
-    config = {
-        **language_config,
-        "model_type": f"videollama2_{family}",
-        "mm_vision_tower": vision_config.pop("_name"),
-        "vision_config": vision_config,
+    name = vision_config.pop("_name")
+    sizes = (name, vision_config, language_config)
+    return (vision, projector, language), sizes, processor, tokenizer
+
+
+def _connector_config(tower_name: str, vision_config: dict, kind: str, num_frames: int) -> dict:
+    return {
+        "mm_vision_tower": tower_name,
         "mm_hidden_size": vision_config["hidden_size"],
-        "mm_projector_type": connector,
+        "mm_projector_type": kind,
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
         "num_frames": num_frames,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_generation(folder: Path, tokenizer) -> None:
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": tokenizer.eos_token_id, "do_sample": False})
     )
-    state = released_state(vision, projector, language)
-    write_shards(folder, state, shards)
-    return Miniature(folder, vision, projector, language, processor, tokenizer)
 
 
 def released_state(vision, projector, language) -> dict[str, torch.Tensor]:

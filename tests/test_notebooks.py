@@ -1,5 +1,6 @@
 """The Colab notebooks run from top to bottom."""
 
+import importlib.metadata
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,13 @@ def test_notebook_runs(path, tmp_path):
     printed = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not any(output.output_type == "error" for output in printed)
     assert any("image/png" in output.get("data", {}) for output in printed), "no frames are shown"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_installs_from_the_projects_address(path):
+    home = importlib.metadata.metadata("vllama2_jax")["Home-page"]
+    sources = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    assert f"git+{home}" in sources
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

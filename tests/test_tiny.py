@@ -8,6 +8,7 @@ import pytest
 import vllama2_jax as vl
 from vllama2_jax.data.records import read_records
 from vllama2_jax.data.toybox import write_toybox
+from vllama2_jax.data.toybox_questions import TEMPORAL_KINDS
 from vllama2_jax.evals.toybox import evaluate_toybox
 from vllama2_jax.loading import TINY
 
@@ -24,14 +25,15 @@ def test_it_takes_at_most_8_megabytes():
 def test_it_answers_held_out_videos(model, tmp_path):
     """A sample of what `python -m vllama2_jax.evals.toybox tiny` measures in full."""
     folder = tmp_path / "toybox"
-    write_toybox(folder, clips=4, seed=11, heldout=120)
+    write_toybox(folder, clips=4, seed=11, heldout=240)
     records = read_records(folder / "heldout.json")
     scores = {score.kind: score for score in evaluate_toybox(model, records, folder)}
-    for kind, least in {"colour": 0.95, "shape": 0.9, "direction": 0.9}.items():
+    for kind, least in {"colour": 0.95, "shape": 0.9, "direction": 0.9, "order": 0.9}.items():
         assert scores[kind].accuracy["video"] >= least, kind
-    for condition in ("blind", "shuffled"):
-        excess = scores["direction"].accuracy[condition] - scores["direction"].chance
-        assert abs(excess) <= 3 * scores["direction"].sigma, condition
+    for kind in TEMPORAL_KINDS:
+        for condition in ("blind", "shuffled"):
+            excess = scores[kind].accuracy[condition] - scores[kind].chance
+            assert abs(excess) <= 3 * scores[kind].sigma, (kind, condition)
 
 
 def test_doctor_finds_the_golden_answer(capsys):
@@ -48,9 +50,12 @@ def test_demo_asks_real_files_and_keeps_their_frames(tmp_path, capsys):
     printed = capsys.readouterr().out
     videos, pictures = sorted(tmp_path.glob("*.mp4")), sorted(tmp_path.glob("*.png"))
     assert len(videos) == len(pictures) == 4
-    assert re.search(r"\d+ of \d+ right", printed)
+    right, asked = map(int, re.search(r"(\d+) of (\d+) right", printed).groups())
+    assert asked >= 6 and right >= asked - 1
 
 
 def test_it_takes_real_clips(model, real_media: Path):
-    for name in ("sample_demo_1.mp4", "desert.jpg"):
-        assert isinstance(model.ask(real_media / name, "What colour is it?", max_new_tokens=4), str)
+    for name, modality in {"sample_demo_1.mp4": "video", "desert.jpg": "image"}.items():
+        session = model.session(real_media / name)
+        assert session.media.modality == modality
+        assert session.ask("What colour is it?", max_new_tokens=4)

@@ -1,6 +1,7 @@
 """The `vllama2` command. Heavy imports wait until a subcommand needs them."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -25,10 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`); that is its right.
         sys.stdout = open(os.devnull, "w")
         return 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if options.debug:
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)) or not line:
+            # Not foreseen, so its words alone may not say what happened.
+            line = f"{type(error).__name__}: {line} (--debug shows the traceback)"
         print(f"vllama2 {options.command}: {line}", file=sys.stderr)
         return 2
 
@@ -85,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Fields of media.Limits, which its errors name.
+_LIMITS = {
+    "max_bytes": "refuse larger files",
+    "max_pixels": "refuse frames of more pixels",
+    "max_frames": "refuse more distinct frames",
+    "max_seconds": "give up on a file after so long",
+}
+
+
 def _model_options(parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -102,6 +115,9 @@ def _media_options(parser) -> None:
     group.add_argument("--start", type=float, metavar="S", help="second to begin at")
     group.add_argument("--end", type=float, metavar="S", help="second to end at")
     group.add_argument("--num-frames", type=int, metavar="N", help="frames to look at")
+    for name, words in _LIMITS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=float, metavar="N", help=words)
 
 
 def _sampling_options(parser) -> None:
@@ -118,7 +134,10 @@ def _load(options):
     from vllama2_jax.progress import bar
 
     with bar("reading", unit="tensors") as progress:
-        return load(options.model, options.dtype, options.preset, progress=progress)
+        model = load(options.model, options.dtype, options.preset, progress=progress)
+    raised = {name: value for name in _LIMITS if (value := getattr(options, name)) is not None}
+    model.limits = dataclasses.replace(model.limits, **raised)
+    return model
 
 
 def _chosen(options) -> tuple[dict, dict]:
@@ -138,8 +157,17 @@ def _chosen(options) -> tuple[dict, dict]:
     return media, sampling
 
 
+def _check_media(path: str) -> None:
+    """Refuse a name that is not there before a model of gigabytes is read."""
+    from vllama2_jax.media import MediaError
+
+    if not os.path.exists(path):
+        raise MediaError(path, "no such file", "check the path")
+
+
 def _ask(options) -> None:
     media, sampling = _chosen(options)
+    _check_media(options.media)
     model = _load(options)
     session = model.session(options.media, **media)
     clip = session.media.clip
@@ -147,12 +175,14 @@ def _ask(options) -> None:
         from vllama2_jax.media.sheet import contact_sheet
 
         contact_sheet(clip).save(options.frames)
-    pieces = []
-    for piece in session.stream(options.question, **sampling):
-        pieces.append(piece)
-        if options.stream and not options.json:
+    if options.stream and not options.json:
+        pieces = []
+        for piece in session.stream(options.question, **sampling):
+            pieces.append(piece)
             print(piece, end="", flush=True)
-    answer = "".join(pieces).strip()
+        answer = "".join(pieces).strip()
+    else:
+        answer = session.ask(options.question, **sampling)
     if options.json:
         record = {
             "media": options.media,
@@ -175,6 +205,7 @@ def _chat(options) -> None:
     from vllama2_jax.media.sheet import sketch
 
     media, sampling = _chosen(options)
+    _check_media(options.media)
     session = _load(options).session(options.media, **media)
     if session.media.clip is not None and sys.stdout.isatty():
         print(sketch(session.media.clip))
@@ -186,16 +217,17 @@ def _chat(options) -> None:
             break
         if not question:
             break
-        for piece in session.stream(question, **sampling):
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in session.stream(question, **sampling):
+                print(piece, end="", flush=True)
+            print()
+        except ValueError as error:  # this question cannot be asked; the next one may be
+            print(error, file=sys.stderr)
 
 
 def _convert(options) -> None:
-    import jax.numpy as jnp
-
     from vllama2_jax.checkpoints import CheckpointError, save_model
-    from vllama2_jax.loading import find, read
+    from vllama2_jax.loading import find, float_dtype, read
     from vllama2_jax.progress import bar
     from vllama2_jax.text import tokenizer_files
 
@@ -204,7 +236,7 @@ def _convert(options) -> None:
         raise CheckpointError(f"{target}: exists and is not empty; choose another directory")
     with bar("reading", unit="tensors") as progress:
         params, card, tokenizer = read(
-            find(options.src), jnp.dtype(options.dtype), scan_layers=True, progress=progress
+            find(options.src), float_dtype(options.dtype), scan_layers=True, progress=progress
         )
     save_model(target, params, card, tokenizer_files(tokenizer))
     print(f"{card.config.name} saved in {target}")
@@ -220,9 +252,23 @@ def _toybox(options) -> None:
 
 
 def _train(options) -> None:
+    _take_huge_pages()
     from vllama2_jax.train.recipes import run
 
     run(options.config, Path(options.out), seed=options.seed)
+
+
+def _take_huge_pages() -> None:
+    """Start this command again with memory in huge pages, where nobody has chosen otherwise.
+
+    Training steps on a CPU take and give back hundreds of megabytes each; with pages of 4 KiB a
+    third of the time goes into that (docs/results/cpu.md). glibc reads the setting only when a
+    process starts.
+    """
+    started_as_a_command = Path(sys.argv[0]).stem in ("vllama2", "cli")
+    if sys.platform == "linux" and started_as_a_command and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _doctor(options) -> int:

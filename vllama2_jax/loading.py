@@ -5,19 +5,22 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
-from vllama2_jax.checkpoints.store import TOKENIZER
+from vllama2_jax.checkpoints.store import TOKENIZER, flatten, unflatten
 from vllama2_jax.convert.huggingface import is_huggingface, load_huggingface, resolve
 from vllama2_jax.infer.model import Model
 from vllama2_jax.media.preset import MediaPreset
-from vllama2_jax.models.stacking import unstack_layers
+from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import model_config
 from vllama2_jax.text import load_tokenizer
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 _HUB_OWNER = "DAMO-NLP-SG"
+_BASE = "-Base"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -41,18 +44,21 @@ def load(
 
     Raises:
       CheckpointError: if the model cannot be found or trusted, naming everything that is wrong.
+      ValueError: for another dtype or preset, or a mesh of several devices.
     """
+    device = jax.devices()[0] if mesh is None else _only_device(mesh)
     if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = jnp.dtype(dtype)
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    dtype = float_dtype(dtype)
     folder = find(source)
     # Few tokens at a time meet few experts; on CPU those are read from arrays of their own.
-    split_experts = jax.default_backend() == "cpu"
-    params, card, tokenizer_folder = read(
-        folder, dtype, scan_layers=False, split_experts=split_experts, progress=progress
-    )
+    split_experts = device.platform == "cpu"
+    with jax.default_device(device):
+        params, card, tokenizer_folder = read(
+            folder, dtype, scan_layers=False, split_experts=split_experts, progress=progress
+        )
     if mesh is not None:
-        params = jax.device_put(params, _only_device(mesh))
+        params = jax.device_put(params, device)
     tokenizer = load_tokenizer(tokenizer_folder)
     if card.tokenizer and tokenizer.fingerprint() != card.tokenizer:
         raise CheckpointError(
@@ -62,18 +68,40 @@ def load(
     return Model(params, card.with_preset(preset), tokenizer, dtype, split_experts)
 
 
+def float_dtype(name: str | jnp.dtype) -> jnp.dtype:
+    """A dtype that weights may have.
+
+    Raises:
+      ValueError: for any other; int8, say, would cut the weights to whole numbers.
+    """
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; known: {', '.join(_DTYPES)}")
+    return dtype
+
+
 def find(source: str | Path) -> Path:
-    """The directory that a model's name stands for; downloads a repository that is not here."""
-    if str(source) == "tiny":
+    """The directory that a model's name stands for; downloads a repository that is not here.
+
+    Raises:
+      CheckpointError: if there is no such directory, published model or repository.
+    """
+    name = str(source)
+    if name == "tiny":
         return TINY
-    if not Path(source).exists() and "/" not in str(source):
+    if "/" not in name and not Path(source).exists():
         try:
-            name = model_config(str(source)).name
+            published = model_config(name).name
         except ValueError as error:
             raise CheckpointError(
-                f"{source}: no such directory, and no published model ({error})"
+                f"{name}: no such directory, and no published model ({error})"
             ) from None
-        return resolve(f"{_HUB_OWNER}/VideoLLaMA{name}")
+        # A Base repository shares its shapes with the fine-tuned one, not its weights.
+        suffix = _BASE if name.endswith(_BASE) else ""
+        return resolve(f"{_HUB_OWNER}/VideoLLaMA{published}{suffix}")
     folder = resolve(source)
     return folder / "model" if is_saved_model(folder / "model") else folder
 
@@ -85,8 +113,9 @@ def read(
     if is_saved_model(folder):
         params, card = load_model(folder, lambda card: abstract_params(card.config), dtype)
         if not scan_layers:
-            decoder = unstack_layers(params["decoder"], split_experts=split_experts)
-            params = {**params, "decoder": decoder}
+            flat = flatten(params)
+            del params
+            params = _unstack(flat, split_experts)
         return params, card, folder / TOKENIZER
     if is_huggingface(folder):
         return load_huggingface(
@@ -100,6 +129,25 @@ def read(
         f"{folder}: not a model (neither model_card.json nor config.json); "
         "give a released checkpoint, a saved model, or a training run"
     )
+
+
+def _unstack(flat: dict[str, jax.Array], split_experts: bool) -> dict:
+    """What `unstack_layers` makes of the decoder; empties `flat` as it goes.
+
+    Every stacked array is let go once its layers are copied, so that two copies of a large decoder
+    never lie side by side.
+    """
+    out = {}
+    for path in sorted(flat):
+        leaf = flat.pop(path)
+        # The leading axes that become names: layers, then experts.
+        axes = int("/layers/" in path)
+        if split_experts and path.rsplit("/", 2)[-2] == "moe":
+            axes += 1
+        for index in np.ndindex(leaf.shape[:axes]):
+            place, _ = unstacked_place(path, index, split_experts)
+            out[place] = leaf[index]
+    return unflatten(out)
 
 
 def _only_device(mesh: jax.sharding.Mesh):

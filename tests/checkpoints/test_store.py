@@ -83,6 +83,29 @@ def test_every_difference_of_the_tree_is_in_one_error(saved):
     assert "\n" not in message
 
 
+def test_a_long_list_of_differences_is_whole(saved):
+    wanted = {f"p{i:02d}": jax.ShapeDtypeStruct((1,), jnp.float32) for i in range(60)}
+    with pytest.raises(CheckpointError) as caught:
+        load_model(saved, lambda _: wanted)
+    assert f"60 missing: {', '.join(wanted)}; 2 unexpected: a/kernel, b" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("other", [jnp.int32, jnp.bool_])
+def test_numbers_of_another_kind_are_refused(saved, other, dtype):
+    wanted = shapes(arrays())
+    wanted["a"]["kernel"] = jax.ShapeDtypeStruct((3, 4), other)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(saved, lambda _: wanted, dtype)
+    name = np.dtype(other).name
+    assert f"1 of another kind: a/kernel (found bfloat16, expected {name})" in str(caught.value)
+
+
+def test_sizes_that_make_no_network_are_one_clear_error(saved):
+    with pytest.raises(CheckpointError, match="sizes in its model card make no network"):
+        load_model(saved, lambda card: shapes(1 // (card.config.num_frames - 8)))
+
+
 def test_damaged_arrays_are_one_clear_error(saved, capfd):
     for path in (saved / "params").rglob("*"):
         if path.is_file() and path.parent.name == "d":

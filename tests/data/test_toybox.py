@@ -285,13 +285,3 @@ def test_golden_clip_is_a_heldout_scene_with_its_answer():
     frames, question, answer = golden_clip()
     assert frames.shape == (MOMENTS, 128, 128, 3) and frames.dtype == np.uint8
     assert question and answer in DIRECTIONS
-
-
-def test_broken_records_are_named(tmp_path):
-    path = tmp_path / "records.json"
-    path.write_text(json.dumps([{"conversations": [{"from": "gpt", "value": "yes"}]}]))
-    with pytest.raises(ValueError, match=r"records.json, record 0.*alternate"):
-        read_records(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as JSON"):
-        read_records(path)

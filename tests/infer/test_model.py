@@ -1,13 +1,17 @@
 """Generation through the public API, on a random miniature."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 
 import vllama2_jax as vl
 
 pytest.importorskip("torch")
 from oracle import write_miniature
 
+_FRAMES = np.zeros((4, 32, 32, 3), np.uint8)
 QUESTIONS = ["What is shown?", "What happens next in the video, and why?", "Who?"]
 
 
@@ -39,6 +43,52 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(model, clips):
     alone = [model.ask(media, question, max_new_tokens=12) for media, question in pairs]
     assert together == alone
     assert len(set(alone)) > 1
+
+
+def test_a_last_batch_of_fewer_rows_answers_like_the_others(model):
+    questions = [f"Question {number}?" for number in range(9)]
+    together = model.ask_batch([(None, question) for question in questions], max_new_tokens=4)
+    assert together == [model.ask(None, question, max_new_tokens=4) for question in questions]
+
+
+def test_files_that_occur_again_are_read_once_and_then_let_go(model, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(path)
+    read, seen = model.read_media, []
+
+    def spy(media, *args, **kwargs):
+        seen.append(media)
+        return read(media, *args, **kwargs)
+
+    monkeypatch.setattr(model, "read_media", spy)
+    model.ask_batch([(path, "Who?"), (None, "Who?"), (path, "Where?")], max_new_tokens=2)
+    assert seen == [path, None]
+
+
+def test_a_length_bucket_compiles_once_whatever_the_answers_limit(folder, clips):
+    model = vl.load(folder, dtype="float32")
+    for limit in (2, 40, 300):
+        model.ask(clips[0], QUESTIONS[0], max_new_tokens=limit)
+    programs = model.generator.programs
+    assert programs.prefill._cache_size() == programs.start._cache_size() == 1
+
+
+def test_options_may_be_given_by_position(model, clips):
+    asked = model.ask(clips[0], "Who?", "video", None, None, None, 4)
+    assert asked == model.ask(clips[0], "Who?", modality="video", max_new_tokens=4)
+
+
+def test_a_stream_refuses_bad_input_at_once(model):
+    with pytest.raises(ValueError, match="nowhere"):
+        model.stream("nowhere.mp4", "What?")
+
+
+def test_a_prompt_beyond_what_the_model_was_made_for_is_said(model, monkeypatch):
+    decoder = dataclasses.replace(model.config.decoder, max_positions=8)
+    config = dataclasses.replace(model.config, decoder=decoder)
+    monkeypatch.setattr(model.generator.programs, "config", config)
+    with pytest.warns(UserWarning, match="longer than the 8"):
+        model.ask(None, "A question of more than a few words, is it not?", max_new_tokens=1)
 
 
 def test_sampling_in_a_batch_equals_one_by_one(model, clips):
@@ -111,7 +161,21 @@ def test_a_session_feeds_only_what_is_new(model, clips, monkeypatch):
     session.ask("What is shown?", max_new_tokens=6)
     session.ask("And then?", max_new_tokens=6)
     assert fed[0] > model.config.num_media_tokens()
-    assert fed[1] < fed[0]
+    # An answer may be cut into other tokens when it is read again; what lay before it may not.
+    conversation = model.inference_messages(session.messages[:3], session.media)
+    assert fed[1] <= len(model.splice(conversation, session.media).tokens) - fed[0]
+
+
+def test_a_refused_turn_leaves_the_session_whole(model, clips):
+    session, fresh = model.session(clips[0]), model.session(clips[0])
+    for each in (session, fresh):
+        each.ask("What is shown?", max_new_tokens=6)
+    for options in ({"temperature": -1}, {"max_new_tokens": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            session.ask("And then?", **options)
+    with pytest.raises(ValueError, match="placeholder"):
+        session.ask("And <video>?")
+    assert session.ask("Who?", max_new_tokens=6) == fresh.ask("Who?", max_new_tokens=6)
 
 
 def test_an_abandoned_stream_leaves_the_conversation_as_it_was(model, clips):
@@ -148,11 +212,16 @@ def test_bf16_follows_float32(model, folder, clips):
         (dict(media=None, modality="video"), "needs media"),
         (dict(media=None, modality="smell"), "smell"),
         (dict(media="nowhere.mp4"), "nowhere.mp4"),
+        (dict(media=_FRAMES, modality="image"), "holds video, not image"),
+        (dict(media=_FRAMES[0], modality="video"), "holds image, not video"),
+        (dict(media="nowhere.mp4", num_frames=0), "frame"),
+        (dict(media=_FRAMES, question="What does <video> mean?"), "placeholder"),
+        (dict(media=None, question="What does <image> mean?"), "placeholder"),
     ],
 )
 def test_bad_requests_say_what_is_wrong(model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        model.ask(question="What?", **arguments)
+        model.ask(**{"question": "What?", **arguments})
 
 
 def test_no_room_for_an_answer_is_refused(model):

@@ -10,14 +10,49 @@ import numpy as np
 import pytest
 
 from vllama2_jax.models import zoo
-from vllama2_jax.models.config import ConnectorConfig
 from vllama2_jax.models.connector import Connector
 from vllama2_jax.models.zoo import connector_config
 
 torch = pytest.importorskip("torch")
 
 
-def oracle(config: ConnectorConfig):
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """What a connector is made of, said here again and apart from the package's own table."""
+
+    sampler: str  # "Conv3d", "AvgPool3d" or "mean"
+    window: tuple[int, int, int] | None = None  # kernel and stride over time, height, width
+    padding: tuple[int, int, int] = (0, 0, 0)
+    blocks: int = 0  # of each RegStage
+    readout: int = 2  # linear layers
+
+
+# The original's classes (model/projector.py).
+RELEASED = {
+    "stc_connector": Design("Conv3d", (2, 2, 2), padding=(1, 1, 1), blocks=4),
+    "stc_connector_v35": Design("Conv3d", (2, 2, 2), blocks=4),
+    "stp_connector": Design("AvgPool3d", (2, 2, 2), blocks=4),
+    "spatial_conv": Design("Conv3d", (1, 2, 2), padding=(1, 1, 1)),
+    "spatial_pool": Design("AvgPool3d", (1, 2, 2)),
+    "mlp2x_gelu": Design("mean"),
+    "linear": Design("mean", readout=1),
+}
+# The paper's Table 1, row by row: 2D or 3D, pooled or convolved, without and with RegStages.
+TABLE_1 = {
+    "table1_row1": Design("AvgPool3d", (1, 2, 2)),
+    "table1_row2": Design("Conv3d", (1, 2, 2)),
+    "table1_row3": Design("mean"),
+    "table1_row4": Design("AvgPool3d", (2, 2, 2)),
+    "table1_row5": Design("Conv3d", (2, 2, 2)),
+    "table1_row6": Design("AvgPool3d", (1, 2, 2), blocks=4),
+    "table1_row7": Design("Conv3d", (1, 2, 2), blocks=4),
+    "table1_row8": Design("AvgPool3d", (2, 2, 2), blocks=4),
+    "table1_row9": Design("Conv3d", (2, 2, 2), blocks=4),
+}
+DESIGNS = RELEASED | TABLE_1
+
+
+def oracle(design: Design, into: int, out: int):
     """The same connector from timm's and torch's own layers, channels first."""
     regnet = pytest.importorskip("timm.models.regnet")
     from timm.layers import LayerNorm2d
@@ -25,44 +60,44 @@ def oracle(config: ConnectorConfig):
     class Oracle(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            width = config.in_dim
-            if config.depth:
+            width = into
+            if design.blocks:
                 common = dict(
-                    depth=config.depth,
-                    out_chs=config.out_dim,
+                    depth=design.blocks,
+                    out_chs=out,
                     stride=1,
                     dilation=1,
                     act_layer=torch.nn.SiLU,
                     norm_layer=LayerNorm2d,
                 )
-                self.s1 = regnet.RegStage(in_chs=width, **common)
-                self.s2 = regnet.RegStage(in_chs=config.out_dim, **common)
-                width = config.out_dim
-            if config.sampler == "conv":
+                self.s1 = regnet.RegStage(in_chs=into, **common)
+                self.s2 = regnet.RegStage(in_chs=out, **common)
+                width = out
+            if design.sampler == "Conv3d":
                 self.sampler = torch.nn.Conv3d(
-                    width, config.out_dim, config.downsample, config.downsample, config.padding
+                    width, out, design.window, design.window, design.padding
                 )
-                width = config.out_dim
-            elif config.sampler == "pool":
-                self.sampler = torch.nn.AvgPool3d(config.downsample)
+                width = out
+            elif design.sampler == "AvgPool3d":
+                self.sampler = torch.nn.AvgPool3d(design.window)
             self.readout = torch.nn.ModuleList(
-                torch.nn.Linear(width if index == 0 else config.out_dim, config.out_dim)
-                for index in range(config.mlp_depth)
+                torch.nn.Linear(width if index == 0 else out, out)
+                for index in range(design.readout)
             )
 
         def forward(self, x):
             batch, steps, patches, width = x.shape
             grid = math.isqrt(patches)
-            if config.sampler == "mean":
+            if design.sampler == "mean":
                 x = x.mean(1)
             else:
                 x = x.reshape(batch * steps, grid, grid, width).permute(0, 3, 1, 2)
-                x = self.s1(x) if config.depth else x
+                x = self.s1(x) if design.blocks else x
                 x = x.reshape(batch, steps, -1, grid, grid).transpose(1, 2)
                 x = torch.nn.functional.silu(self.sampler(x))
                 count = x.shape[2]
                 x = x.transpose(1, 2).flatten(0, 1)
-                x = self.s2(x) if config.depth else x
+                x = self.s2(x) if design.blocks else x
                 x = x.reshape(batch, count, *x.shape[1:]).permute(0, 1, 3, 4, 2)
                 x = x.reshape(batch, -1, x.shape[-1])
             x = self.readout[0](x)
@@ -117,27 +152,31 @@ def to_ours(model):
     return {"params": params}
 
 
-def compare(config, steps, grid, batch=2):
-    model = oracle(config)
+def compare(kind, into, out, steps, grid, batch=2):
+    config, model = connector_config(kind, into, out), oracle(DESIGNS[kind], into, out)
     features = np.random.default_rng(0).standard_normal(
-        (batch, steps, grid * grid, config.in_dim), dtype=np.float32
+        (batch, steps, grid * grid, into), dtype=np.float32
     )
     with torch.no_grad():
         expected = model(torch.from_numpy(features)).numpy()
     with jax.default_matmul_precision("highest"):
         ours = jax.jit(Connector(config=config).apply)(to_ours(model), features)
-    assert ours.shape == (batch, config.num_tokens(steps, grid), config.out_dim)
+    assert ours.shape == expected.shape == (batch, config.num_tokens(steps, grid), out)
     assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kind", zoo.CONNECTOR_KINDS)
+def test_every_connector_has_a_design_here():
+    assert set(zoo.CONNECTOR_KINDS) == set(DESIGNS)
+
+
+@pytest.mark.parametrize("kind", DESIGNS)
 def test_connector_matches_timm_regstage_and_torch_conv3d(kind):
-    compare(connector_config(kind, 24, 40), steps=8, grid=6)
+    compare(kind, 24, 40, steps=8, grid=6)
 
 
 @pytest.mark.parametrize("kind", ["stc_connector", "spatial_conv", "spatial_pool", "mlp2x_gelu"])
 def test_connector_of_equal_widths_matches(kind):
-    compare(connector_config(kind, 40, 40), steps=8, grid=6)
+    compare(kind, 40, 40, steps=8, grid=6)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +190,33 @@ def test_connector_of_equal_widths_matches(kind):
     ],
 )
 def test_connector_matches_at_odd_and_full_grids(kind, steps, grid):
-    compare(connector_config(kind, 24, 40), steps, grid, batch=1)
+    compare(kind, 24, 40, steps, grid, batch=1)
+
+
+# (frames, patches along one side); the counts were read off the original's modules.
+SIZES = [(8, 24), (16, 24), (8, 27), (16, 27), (32, 24), (32, 27)]
+TOKENS = {
+    "stc_connector": [845, 1521, 980, 1764, 2873, 3332],
+    "stc_connector_v35": [576, 1152, 676, 1352, 2304, 2704],
+    "stp_connector": [576, 1152, 676, 1352, 2304, 2704],
+    "spatial_conv": [1690, 3042, 1960, 3528, 5746, 6664],
+    "spatial_pool": [1152, 2304, 1352, 2704, 4608, 5408],
+    "mlp2x_gelu": [576, 576, 729, 729, 576, 729],
+    "linear": [576, 576, 729, 729, 576, 729],
+}
+# The column of the paper's Table 1: 8 frames of CLIP's 24 x 24 patches.
+TABLE_1_TOKENS = [1152, 1152, 576, 576, 576, 1152, 1152, 576, 576]
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_token_counts_are_the_originals(kind):
+    config = connector_config(kind, 1024, 4096)
+    assert [config.num_tokens(frames, grid) for frames, grid in SIZES] == TOKENS[kind]
+
+
+def test_token_counts_of_table_1_are_the_papers():
+    configs = [connector_config(f"table1_row{row}", 1024, 4096) for row in range(1, 10)]
+    assert [config.num_tokens(8, 24) for config in configs] == TABLE_1_TOKENS
 
 
 def test_squeeze_width_comes_from_block_input_rounded_half_to_even():
@@ -178,7 +243,7 @@ def test_published_connectors_have_the_published_parameter_count(model, count):
     assert len(leaves) == 113
 
 
-@pytest.mark.parametrize("kind", zoo.CONNECTOR_KINDS)
+@pytest.mark.parametrize("kind", DESIGNS)
 def test_every_connector_parameter_names_all_its_axes(kind):
     module = Connector(config=connector_config(kind, 24, 40))
     params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 36, 24)))["params"]
@@ -196,7 +261,8 @@ def test_initial_values_follow_pytorch_defaults():
     module = one_block_deep()
     features = jnp.zeros((1, 8, 36, 24))
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), features))["params"]
-    theirs = to_ours(oracle_without_noise(module.config))["params"]
+    design = dataclasses.replace(RELEASED["stc_connector"], blocks=1)
+    theirs = to_ours(oracle_without_noise(design, 24, 40))["params"]
     assert jax.tree.structure(params) == jax.tree.structure(theirs)
     for (path, ours), reference in zip(
         jax.tree.leaves_with_path(params), jax.tree.leaves(theirs), strict=True
@@ -212,9 +278,9 @@ def test_initial_values_follow_pytorch_defaults():
     assert np.all(params["stage1"]["block_0"]["norm1"]["scale"] == 1)
 
 
-def oracle_without_noise(config):
+def oracle_without_noise(design, into, out):
     """Fresh layers of torch's own initialisation, with RegStage's own initialisation undone."""
-    model = oracle(config)
+    model = oracle(design, into, out)
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)):

@@ -13,7 +13,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from vllama2_jax.models.decoder import Decoder
 from vllama2_jax.models.grouped_matmul import BACKENDS, grouped_matmul
 from vllama2_jax.models.moe import FEW_TOKENS, MoE, load_balancing_loss
-from vllama2_jax.models.stacking import _split_experts
 
 CONFIG = FAMILIES["mixtral"]
 
@@ -25,6 +24,17 @@ def block():
     return model.model.layers[0].mlp, params_from_hf(model, CONFIG)["layer_0"]["moe"]
 
 
+def split(params):
+    """The block's parameters with arrays of its own for every expert."""
+    return {
+        "router": params["router"],
+        **{
+            f"expert_{e}": {name: params[name][e] for name in ("gate", "up", "down")}
+            for e in range(CONFIG.num_experts)
+        },
+    }
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("split_experts", [False, True])
 @pytest.mark.parametrize("rows, length", [(1, 1), (FEW_TOKENS, 1), (1, FEW_TOKENS + 1), (2, 300)])
@@ -32,7 +42,7 @@ def test_moe_equals_transformers(block, backend, split_experts, rows, length):
     theirs, params = block
     x = np.random.default_rng(0).standard_normal((rows, length, CONFIG.width)).astype(np.float32)
     if split_experts:
-        params = _split_experts({"moe": params})["moe"]
+        params = split(params)
     module = MoE(CONFIG, jnp.float32, jnp.float32, backend, split_experts)
     with jax.default_matmul_precision("highest"):
         ours, logits = jax.jit(module.apply)({"params": params}, jnp.array(x))

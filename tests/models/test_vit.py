@@ -186,3 +186,16 @@ def test_bfloat16_tower_stays_near_float32():
     ours = jax.jit(VisionTower(CLIP, dtype=jnp.bfloat16).apply)(params, frames)
     assert ours.dtype == jnp.bfloat16
     assert np.abs(ours.astype(jnp.float32) - exact).max() <= 0.05 * np.abs(exact).max()
+
+
+def test_bfloat16_attention_keeps_its_logits_in_float32():
+    """Logits up to 100 lie half a unit apart in bfloat16, and their softmax would be far off."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(0, 3, (2, 40, 4, 64)), jnp.bfloat16) for _ in range(3))
+    wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, k, v))
+    logits = np.einsum("nqhd,nkhd->nhqk", wide_q, wide_k) / 8
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("nhqk,nkhd->nqhd", weights, wide_v)
+    ours = np.asarray(jax.jit(vit.attend_all)(q, k, v), np.float64)
+    assert np.abs(ours - expected).max() <= 0.006 * np.abs(expected).max()

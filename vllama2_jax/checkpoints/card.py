@@ -21,13 +21,12 @@ class CheckpointError(ValueError):
 class GenerationDefaults:
     """What a checkpoint's generation_config.json asks for where the caller says nothing.
 
-    Temperature is not among them: the original always passes its own (0, greedy).
-    `repetition_penalty` holds even in greedy decoding and counts generated tokens only.
+    Temperature and top-p are not among them: the original always passes its own (0, greedy, and
+    0.9). `repetition_penalty` holds even in greedy decoding and counts generated tokens only.
     """
 
     stop_ids: tuple[int, ...]
     repetition_penalty: float = 1.0
-    top_p: float = 1.0
     top_k: int = 0
 
 
@@ -72,12 +71,12 @@ def read_card(folder: Path) -> ModelCard:
     """Read `folder/model_card.json` strictly.
 
     Raises:
-      CheckpointError: for a missing or broken card, another format or version, or fields that do
-        not fit.
+      CheckpointError: for a missing or broken card, another format or version, or fields that are
+        unknown, missing or of another type.
     """
     path = folder / FILE_NAME
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {FILE_NAME}; not a saved model of {FORMAT}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -92,5 +91,5 @@ def read_card(folder: Path) -> ModelCard:
         )
     try:
         return config_from_dict(ModelCard, data)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; convert or save the model again") from None

@@ -7,16 +7,17 @@ DIR/params/           the arrays, an Orbax checkpoint
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from vllama2_jax.checkpoints.card import CheckpointError, ModelCard, read_card, write_card
 
 PARAMS, TOKENIZER = "params", "tokenizer"
-_MAX_LISTED = 20
 
 
 def is_saved_model(folder: Path) -> bool:
@@ -43,30 +44,40 @@ def unflatten(flat: dict[str, object]) -> dict:
 
 
 def check_tree(found: dict, expected: dict, where: str) -> None:
-    """Compare two flat dicts of things with a shape; every difference goes into one error.
+    """Compare two flat dicts of arrays or abstract arrays; every difference goes into one error.
+
+    Precision may differ (float32 for bfloat16), kind may not (float32 for int32).
 
     Raises:
-      CheckpointError: listing missing, unexpected and misshapen names.
+      CheckpointError: listing every missing, unexpected and misshapen name, and every name whose
+        dtype is of another kind.
     """
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
-    misshapen = [
-        f"{name} (found {tuple(found[name].shape)}, expected {tuple(expected[name].shape)})"
-        for name in sorted(set(found) & set(expected))
-        if tuple(found[name].shape) != tuple(expected[name].shape)
-    ]
+    misshapen, mistyped = [], []
+    for name in sorted(set(found) & set(expected)):
+        ours, theirs = found[name], expected[name]
+        if tuple(ours.shape) != tuple(theirs.shape):
+            misshapen.append(f"{name} (found {tuple(ours.shape)}, expected {tuple(theirs.shape)})")
+        if _kind(ours.dtype) != _kind(theirs.dtype):
+            mistyped.append(f"{name} (found {ours.dtype}, expected {theirs.dtype})")
     problems = [
-        f"{len(names)} {kind}: {', '.join(names[:_MAX_LISTED])}"
-        + (f", and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")
+        f"{len(names)} {kind}: {', '.join(names)}"
         for kind, names in (
             ("missing", missing),
             ("unexpected", unexpected),
             ("misshapen", misshapen),
+            ("of another kind", mistyped),
         )
         if names
     ]
     if problems:
         raise CheckpointError(f"{where} does not fit its configuration; " + "; ".join(problems))
+
+
+def _kind(dtype) -> str:
+    # NumPy itself takes bfloat16 for bytes without meaning.
+    return "float" if jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype).kind
 
 
 def save_model(folder: str | Path, params, card: ModelCard, tokenizer_files=()) -> None:
@@ -102,15 +113,23 @@ def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCar
       dtype: of the returned arrays; None keeps the stored one.
 
     Raises:
-      CheckpointError: if anything is missing, unexpected, misshapen or unreadable.
+      CheckpointError: if anything is missing, unexpected, misshapen, of another kind of dtype or
+        unreadable, or if the card's sizes make no network.
     """
     folder = Path(folder).absolute()
     card = read_card(folder)
-    wanted = expected(card)
+    try:
+        wanted = expected(card)
+    except Exception as error:  # sizes of the right type that do not fit, such as a zero
+        raise CheckpointError(
+            f"{folder}: the sizes in its model card make no network ({_first_line(error)}); "
+            "convert or save the model again"
+        ) from error
     # Orbax reports a broken store from threads of its own as well; ours is the one clear line.
     absl_logger = logging.getLogger("absl")
     level = absl_logger.level
     absl_logger.setLevel(logging.CRITICAL)
+    hook = _drop_late_callbacks()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = flatten_metadata(checkpointer.metadata(folder / PARAMS).item_metadata.tree)
@@ -122,17 +141,43 @@ def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCar
                 wanted,
                 unflatten(stored),
             )
-            return checkpointer.restore(folder / PARAMS, target), card
+            params = checkpointer.restore(folder / PARAMS, target)
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{folder}: the arrays cannot be read ({reason}); the copy is incomplete or damaged, "
-            "fetch or convert it again"
+            f"{folder}: the arrays cannot be read ({_first_line(error)}); "
+            "the copy is incomplete or damaged, fetch or convert it again"
         ) from error
     finally:
         absl_logger.setLevel(level)
+    sys.unraisablehook = hook
+    return params, card
+
+
+def _drop_late_callbacks():
+    """Keep quiet about reads that end after the first failed one has closed Orbax's event loop.
+
+    They end in threads of TensorStore, even after the error has reached the user, so on failure
+    this stays in place.
+
+    Returns:
+      the hook that was there before.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "__qualname__", "").startswith(_drop_late_callbacks.__name__):
+        return hook
+
+    def drop(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = drop
+    return hook
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _sharding(want):

@@ -1,7 +1,10 @@
 """A released checkpoint's JSON files -> our configuration and decoding defaults.
 
-Absent fields take the value that transformers 4.40's configuration classes give them, as they did
-when the original loaded the same file.
+Sizes that shape a tensor (widths, layers, heads, patch, vocabulary) must stand in the file, but for
+a tower of a published name. What else is absent takes the value that transformers 4.40's
+configuration classes give it, as it did when the original loaded the same file; of the original's
+own fields, `mm_projector_type` is then linear, `mm_vision_select_layer` -2 and `num_frames` 8.
+Fields that neither shape nor move a number here are not looked at.
 """
 
 import dataclasses
@@ -26,13 +29,24 @@ FAMILIES = {
     "llama": "llama",
 }
 
-# (num_key_value_heads, rms_norm_eps, rope_theta, sliding_window) of a bare 4.40 configuration
+# (num_key_value_heads, rms_norm_eps, rope_theta, sliding_window, max_position_embeddings) of a
+# bare 4.40 configuration
 _FAMILY_DEFAULTS = {
-    "mistral": (8, 1e-6, 1e4, 4096),
-    "mixtral": (8, 1e-5, 1e6, None),
-    "qwen2": (32, 1e-6, 1e4, None),
-    "llama": (None, 1e-6, 1e4, None),
+    "mistral": (8, 1e-6, 1e4, 4096, 131072),
+    "mixtral": (8, 1e-5, 1e6, None, 131072),
+    "qwen2": (32, 1e-6, 1e4, None, 32768),
+    "llama": (None, 1e-6, 1e4, None, 2048),
 }
+_TOWERS_BY_TYPE = {
+    "clip": zoo.CLIP_L_336,
+    "clip_vision_model": zoo.CLIP_L_336,
+    "siglip": zoo.SIGLIP_SO400M_384,
+    "siglip_vision_model": zoo.SIGLIP_SO400M_384,
+}
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_NEEDED = object()
+# Any of these makes a repository an audio-visual one.
+_AUDIO_FIELDS = ("mm_audio_tower", "audio_config", "mm_projector_a", "mm_projector_a_type")
 
 
 def read_json(path: Path) -> dict:
@@ -59,6 +73,32 @@ def is_connector_only(data: dict) -> bool:
     return bool(data.get("tune_mm_mlp_adapter", False))
 
 
+def refuse_audio(data: dict) -> None:
+    """Stop at an audio-visual repository, before its tensors turn out to be unexpected.
+
+    Raises:
+      CheckpointError: if config.json speaks of an audio tower or connector.
+    """
+    audio = [field for field in _AUDIO_FIELDS if data.get(field)]
+    if audio:
+        raise CheckpointError(
+            f"config.json: audio branch not supported yet (found `{'`, `'.join(audio)}`); "
+            "use a video checkpoint, such as VideoLLaMA2.1-7B-16F"
+        )
+
+
+def tower_name(data: dict) -> str:
+    """What config.json calls the vision tower: a path or repository id; "" where it says nothing.
+
+    Raises:
+      CheckpointError: if it is not a string.
+    """
+    name = data.get("mm_vision_tower") or data.get("vision_tower") or ""
+    if not isinstance(name, str):
+        raise CheckpointError(f"config.json: `mm_vision_tower` must be a string, found {name!r}")
+    return name
+
+
 def model_from_json(data: dict, name: str) -> VLlama2Config:
     """The network that a released config.json describes.
 
@@ -76,25 +116,43 @@ def model_from_json(data: dict, name: str) -> VLlama2Config:
         return VLlama2Config(
             name=name,
             vision=vision,
-            connector=zoo.connector_config(kind, vision.width, decoder.width),
+            connector=zoo.connector_config(
+                kind, _size(data, "mm_hidden_size", vision.width), decoder.width
+            ),
             decoder=decoder,
-            num_frames=data.get("num_frames") or 8,
+            num_frames=_size(data, "num_frames", 8),
         )
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: {error}") from None
 
 
 def decoder_from_json(data: dict) -> DecoderConfig:
-    """The language model's part of config.json (a plain Hugging Face one will do as well)."""
+    """The language model's part of config.json (a plain Hugging Face one will do as well).
+
+    Raises:
+      CheckpointError: for a field that is needed and absent, or has an unknown value.
+    """
     model_type = data.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
-    kv_heads, eps, theta, window = _FAMILY_DEFAULTS[family]
-    width, heads = _need(data, "hidden_size"), _need(data, "num_attention_heads")
+    kv_heads, eps, theta, window, positions = _FAMILY_DEFAULTS[family]
+    width, heads = _size(data, "hidden_size"), _size(data, "num_attention_heads")
+    # An explicit null means as many as query heads; an absent field does not.
+    kv_heads = _size(
+        data, "num_key_value_heads", heads if "num_key_value_heads" in data else kv_heads
+    )
+    kv_heads = kv_heads or heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is no multiple of "
+            f"num_key_value_heads {kv_heads}"
+        )
     if family == "qwen2":
         if data.get("use_sliding_window", False):
             raise CheckpointError(
@@ -103,76 +161,94 @@ def decoder_from_json(data: dict) -> DecoderConfig:
             )
         window = None
     elif family != "llama":
-        window = data.get("sliding_window", window)
+        # Here too null is a choice: no window.
+        window = _size(data, "sliding_window", None if "sliding_window" in data else window)
     # transformers 5 writes rotary settings into a group of their own.
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope = _group(data, "rope_parameters") or _group(data, "rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(f"config.json: rotary scaling {rope} is not supported")
     return DecoderConfig(
         family=family,
-        vocab_size=_need(data, "vocab_size"),
+        vocab_size=_size(data, "vocab_size"),
         width=width,
-        mlp_dim=_need(data, "intermediate_size"),
-        num_layers=_need(data, "num_hidden_layers"),
+        mlp_dim=_size(data, "intermediate_size"),
+        num_layers=_size(data, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=data.get("num_key_value_heads") or kv_heads or heads,
-        head_dim=data.get("head_dim") or width // heads,
-        rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or theta),
-        norm_eps=data.get("rms_norm_eps", eps),
+        num_kv_heads=kv_heads,
+        head_dim=_size(data, "head_dim", width // heads),
+        rope_theta=_number(data, "rope_theta", _number(rope, "rope_theta", theta)),
+        norm_eps=_number(data, "rms_norm_eps", eps),
         qkv_bias=family == "qwen2",
-        num_experts=data.get("num_local_experts", 8) if family == "mixtral" else 0,
-        top_k=data.get("num_experts_per_tok", 2),
+        num_experts=_size(data, "num_local_experts", 8) if family == "mixtral" else 0,
+        top_k=_size(data, "num_experts_per_tok", 2),
         sliding_window=window,
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        max_positions=data.get("max_position_embeddings", 32768),
+        max_positions=_size(data, "max_position_embeddings", positions),
     )
 
 
 def vision_from_json(data: dict) -> ViTConfig:
-    """The tower: from `vision_config` (Hugging Face fields), else by its published name."""
-    tower = data.get("mm_vision_tower") or data.get("vision_tower") or ""
-    select_layer = data.get("mm_vision_select_layer", -2)
-    sizes = data.get("vision_config")
-    if sizes is None:
-        published = [c for n, c in zoo.TOWERS.items() if n.rsplit("/", 1)[1] in tower]
-        if not published:
-            raise CheckpointError(
-                f"config.json: the sizes of tower {tower!r} are not known; add `vision_config`, or "
-                f"name one of: {', '.join(zoo.TOWERS)}"
-            )
-        base = published[0]
-    else:
-        hint = f"{sizes.get('model_type', '')} {tower}".lower()
-        if "siglip" in hint:
-            base = zoo.SIGLIP_SO400M_384
-        elif "clip" in hint:
-            base = zoo.CLIP_L_336
-        else:
-            raise CheckpointError(
-                f"config.json: vision_config.model_type {sizes.get('model_type')!r} is neither "
-                "CLIP nor SigLIP"
-            )
-        activation = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-        act = sizes.get("hidden_act")
-        if act is not None and act not in activation:
-            raise CheckpointError(f"config.json: vision_config.hidden_act {act!r} is not supported")
-        base = dataclasses.replace(
-            base,
-            image_size=sizes.get("image_size", 224),
-            patch_size=_need(sizes, "patch_size"),
-            width=_need(sizes, "hidden_size"),
-            mlp_dim=_need(sizes, "intermediate_size"),
-            num_layers=_need(sizes, "num_hidden_layers"),
-            num_heads=_need(sizes, "num_attention_heads"),
-            norm_eps=sizes.get("layer_norm_eps", base.norm_eps),
-            activation=activation.get(act, base.activation),
-        )
-    if data.get("mm_vision_select_feature", "patch") != "patch":
+    """The tower: from `vision_config` (Hugging Face fields), else by its published name.
+
+    Raises:
+      CheckpointError: for a field that is needed and absent, or has an unknown value.
+    """
+    tower, sizes = tower_name(data), _group(data, "vision_config")
+    config = _published_tower(tower) if sizes is None else _sized_tower(tower, sizes)
+    feature = data.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
         raise CheckpointError(
-            "config.json: mm_vision_select_feature "
-            f"{data['mm_vision_select_feature']!r} is not supported, only 'patch'"
+            f"config.json: mm_vision_select_feature {feature!r} is not supported, only 'patch'"
         )
-    return dataclasses.replace(base, select_layer=select_layer)
+    select = data.get("mm_vision_select_layer", -2)
+    # Negative numbers count from the last block's output (-1), others from the first's (1).
+    allowed = {*range(-config.num_layers, 0), *range(1, config.num_layers + 1)}
+    if type(select) is not int or select not in allowed:
+        raise CheckpointError(
+            f"config.json: `mm_vision_select_layer` must be the number of one of the tower's "
+            f"{config.num_layers} blocks (usually -2), found {json.dumps(select)}"
+        )
+    return dataclasses.replace(config, select_layer=select)
+
+
+def _published_tower(tower: str) -> ViTConfig:
+    for name, config in zoo.TOWERS.items():
+        if name.rsplit("/", 1)[1] in tower:
+            return config
+    raise CheckpointError(
+        f"config.json: the sizes of tower {tower!r} are not known; add `vision_config`, or let "
+        f"`mm_vision_tower` name one of: {', '.join(zoo.TOWERS)}"
+    )
+
+
+def _sized_tower(tower: str, sizes: dict) -> ViTConfig:
+    kind = sizes.get("model_type")
+    if kind is None:
+        # Only without a declared type does the name decide ("siglip" does not hold "clip").
+        kind = next((known for known in ("siglip", "clip") if known in tower.lower()), None)
+    if not isinstance(kind, str) or kind not in _TOWERS_BY_TYPE:
+        raise CheckpointError(
+            f"config.json: `vision_config.model_type` {kind!r} is not supported; "
+            f"known: {', '.join(_TOWERS_BY_TYPE)}"
+        )
+    base, group = _TOWERS_BY_TYPE[kind], "vision_config."
+    act = sizes.get("hidden_act")
+    if act is not None and act not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: `vision_config.hidden_act` {act!r} is not supported; "
+            f"known: {', '.join(_ACTIVATIONS)}"
+        )
+    return dataclasses.replace(
+        base,
+        image_size=_size(sizes, "image_size", 224, group),
+        patch_size=_size(sizes, "patch_size", group=group),
+        width=_size(sizes, "hidden_size", group=group),
+        mlp_dim=_size(sizes, "intermediate_size", group=group),
+        num_layers=_size(sizes, "num_hidden_layers", group=group),
+        num_heads=_size(sizes, "num_attention_heads", group=group),
+        norm_eps=_number(sizes, "layer_norm_eps", base.norm_eps, group),
+        activation=_ACTIVATIONS.get(act, base.activation),
+    )
 
 
 def image_spec(vision: ViTConfig) -> ImageSpec:
@@ -186,23 +262,58 @@ def image_spec(vision: ViTConfig) -> ImageSpec:
 
 
 def generation_defaults(folder: Path, data: dict, eos_id: int | None) -> GenerationDefaults:
-    """Stop ids and sampling of generation_config.json; absent, of config.json and transformers."""
+    """Stop ids and sampling of generation_config.json; absent, of config.json and transformers.
+
+    Args:
+      folder: where generation_config.json may lie.
+      data: config.json.
+      eos_id: the tokenizer's own end, at which the original stops as well.
+
+    Raises:
+      CheckpointError: for a value of another type.
+    """
     path = folder / "generation_config.json"
     found = read_json(path) if path.is_file() else {}
     stop = found.get("eos_token_id", data.get("eos_token_id", eos_id))
-    stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    stop = [] if stop is None else list(stop) if isinstance(stop, list) else [stop]
+    if any(type(token) is not int for token in stop):
+        raise CheckpointError(f"{path}: `eos_token_id` must be one id or a list, found {stop}")
     if eos_id is not None and eos_id not in stop:
-        # The original also stops at the tokenizer's own end string.
         stop.append(eos_id)
-    return GenerationDefaults(
-        stop_ids=tuple(stop),
-        repetition_penalty=found.get("repetition_penalty") or 1.0,
-        top_p=found.get("top_p") or 1.0,
-        top_k=50 if found.get("top_k") is None else found["top_k"],
-    )
+    try:
+        return GenerationDefaults(
+            stop_ids=tuple(stop),
+            repetition_penalty=_number(found, "repetition_penalty", 1.0),
+            # transformers filters by 50 unless told otherwise; 0 turns it off.
+            top_k=0 if found.get("top_k") == 0 else _size(found, "top_k", 50),
+        )
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("config.json", str(path), 1)) from None
 
 
-def _need(data: dict, name: str):
-    if data.get(name) is None:
-        raise CheckpointError(f"config.json: `{name}` is missing")
-    return data[name]
+def _size(data: dict, name: str, default: int | None = _NEEDED, group: str = "") -> int | None:
+    """A whole number above 0; null counts as absent."""
+    return _field(data, name, default, group, (int,), "a whole number above 0")
+
+
+def _number(data: dict, name: str, default: float, group: str = "") -> float:
+    """A number above 0; null counts as absent."""
+    return float(_field(data, name, default, group, (int, float), "a number above 0"))
+
+
+def _field(data, name, default, group, kinds, words):
+    value = data.get(name)
+    if value is None:
+        if default is _NEEDED:
+            raise CheckpointError(f"config.json: `{group}{name}` is missing")
+        return default
+    if type(value) not in kinds or not value > 0:
+        raise CheckpointError(f"config.json: `{group}{name}` must be {words}, found {value!r}")
+    return value
+
+
+def _group(data: dict, name: str) -> dict | None:
+    value = data.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"config.json: `{name}` must be an object, found {value!r}")
+    return value

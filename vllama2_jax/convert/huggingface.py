@@ -9,12 +9,13 @@ from vllama2_jax.checkpoints import CheckpointError, ModelCard
 from vllama2_jax.checkpoints.store import check_tree, flatten, unflatten
 from vllama2_jax.convert import tables
 from vllama2_jax.convert.hf_config import (
-    decoder_from_json,
     generation_defaults,
     image_spec,
     is_connector_only,
     model_from_json,
     read_json,
+    refuse_audio,
+    tower_name,
 )
 from vllama2_jax.convert.tensors import Merged, Renamed, TorchFile, open_weights
 from vllama2_jax.media.preset import REFERENCE
@@ -23,8 +24,15 @@ from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.text import load_tokenizer
 
-# What a repository's files are fetched by: weights, configuration and tokenizer, nothing else.
-_WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+_PROJECTOR = "mm_projector.bin"
+# What a repository's files are fetched by: configuration, tokenizer and weights, nothing else.
+_WANTED = ["*.json", "*.model", "*.txt", "*.jinja", _PROJECTOR, "*.safetensors"]
+# Many repositories hold their weights twice; torch's form is for those that have no other.
+_WANTED_OTHERWISE = ["pytorch_model*.bin"]
+# Copies in other layouts, and what lies in folders (nothing that is read does).
+_UNWANTED = ["*/*", "consolidated*"]
+# What a Base repository adds to its language model's config.json, beside all `mm_...` fields.
+_OWN_FIELDS = ("num_frames", "vision_tower", "vision_config")
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -42,24 +50,36 @@ def resolve(name: str | Path, near: Path | None = None) -> Path:
     Raises:
       CheckpointError: if it is neither, or cannot be fetched.
     """
+    name = str(name)
+    if not name:
+        raise CheckpointError(
+            "a model without a name; give a checkpoint's directory, or OWNER/NAME on the hub"
+        )
     for folder in (Path(name), *([near / name] if near else [])):
         if folder.is_dir():
             return folder
-    name = str(name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{name}: no such directory; give a checkpoint's directory, or OWNER/NAME on the hub"
         )
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return _download(name)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(
             f"{name}: no such directory, and not to be had from the hub ({reason}); "
             "check the name, the network and HF_TOKEN"
         ) from None
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    if not any(folder.glob("*.safetensors")):
+        wanted = _WANTED + _WANTED_OTHERWISE
+        folder = snapshot_download(repository, allow_patterns=wanted, ignore_patterns=_UNWANTED)
+    return Path(folder)
 
 
 def load_huggingface(
@@ -82,10 +102,12 @@ def load_huggingface(
       parameters on the default device, the model card, and the tokenizer's directory.
 
     Raises:
-      CheckpointError: listing every missing, unexpected and misshapen tensor.
+      CheckpointError: listing every missing, unexpected and misshapen tensor; or for a part that
+        cannot be found, read or trusted.
     """
     data = read_json(folder / "config.json")
-    if is_connector_only(data) and (folder / "mm_projector.bin").is_file():
+    refuse_audio(data)
+    if is_connector_only(data):
         data, source, tokenizer_folder = _open_base(folder, data)
     else:
         source, tokenizer_folder = open_weights(folder), folder
@@ -176,38 +198,57 @@ def read_params(
 
 def _open_base(folder: Path, data: dict):
     """The three sources of a connector-only repository as one, and the merged config.json."""
-    language_name = data.get("_name_or_path")
-    if not language_name:
+    projector = folder / _PROJECTOR
+    if not projector.is_file():
         raise CheckpointError(
-            f"{folder}/config.json: a Base repository needs `_name_or_path`, its language model"
+            f"{folder}: config.json says `tune_mm_mlp_adapter`, a connector alone, but there is no "
+            f"{_PROJECTOR}; fetch it, or set the field to false if the whole model lies here"
         )
-    language = resolve(language_name, folder.parent)
-    tower = resolve(data.get("mm_vision_tower", ""), folder.parent)
-    language_data = read_json(language / "config.json")
-    # The base's own shape wins over what the connector's repository repeats of it.
-    decoder_from_json(language_data)
-    merged = {**data, **{k: v for k, v in language_data.items() if k != "_name_or_path"}}
-    merged.update({k: v for k, v in data.items() if k.startswith("mm_") or k == "num_frames"})
+    language = _resolve_field(folder, "_name_or_path", data.get("_name_or_path"))
+    tower = _resolve_field(folder, "mm_vision_tower", tower_name(data))
+    # The language model's shape is its own word; ours is added, and what the connector's
+    # repository repeats of it is dropped, so that no field is a mixture.
+    own = {k: v for k, v in data.items() if k.startswith("mm_") or k in _OWN_FIELDS}
+    merged = {**read_json(language / "config.json"), **own}
     tower_data = read_json(tower / "config.json")
     merged.setdefault("vision_config", tower_data.get("vision_config", tower_data))
-    keyword = "mm_projector."
     sources = [
         open_weights(language),
-        Renamed(
-            open_weights(tower),
-            lambda name: (
-                tables.VISION_PREFIX + name.removeprefix("vision_model.")
-                if name.startswith("vision_model.")
-                else None
-            ),
-        ),
+        _open_tower(tower),
         # The original rounds a connector that it reads from a folder through float16.
-        Renamed(
-            TorchFile(folder / "mm_projector.bin"),
-            lambda name: (
-                tables.CONNECTOR_PREFIX + name.split(keyword, 1)[1] if keyword in name else None
-            ),
-            through=np.float16,
-        ),
+        Renamed(TorchFile(projector), _connector_name, through=np.float16),
     ]
     return merged, Merged(sources), language
+
+
+def _resolve_field(folder: Path, field: str, name) -> Path:
+    """The directory that a field of a Base repository's config.json names."""
+    if not name or not isinstance(name, str):
+        raise CheckpointError(
+            f"{folder}/config.json: a Base repository needs `{field}`, a directory or OWNER/NAME"
+        )
+    try:
+        return resolve(name, folder.parent)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/config.json: `{field}`: {error}") from None
+
+
+def _open_tower(folder: Path) -> Renamed:
+    """A tower's own repository, or the image half of a whole CLIP or SigLIP, under our names."""
+    source, prefix = open_weights(folder), "vision_model."
+    if not any(name.startswith(prefix) for name in source.shapes):
+        # transformers 5 writes a tower saved alone without the prefix that older versions put.
+        return Renamed(source, lambda name: tables.VISION_PREFIX + name)
+
+    def rename(name: str) -> str | None:
+        # What lies outside is the text half and the projections.
+        inside = name.startswith(prefix)
+        return tables.VISION_PREFIX + name.removeprefix(prefix) if inside else None
+
+    return Renamed(source, rename)
+
+
+def _connector_name(name: str) -> str:
+    """The original takes what stands behind the keyword; anything else is left to be refused."""
+    _, keyword, rest = name.partition("mm_projector.")
+    return tables.CONNECTOR_PREFIX + rest if keyword else name

@@ -1,9 +1,9 @@
 """Which tensor of a released checkpoint is which parameter of ours, network by network.
 
 A row says: the tensor's name and shape, the parameter's path, and the axis order that turns one
-into the other (a reshape follows: our attention kernels keep heads and head_dim apart). Rows are
-reversible. Shapes are written from the configuration, never from a tensor, so that a table is a
-check of its own. Names and transposes: the original's state dicts under transformers 4.40.
+into the other (a reshape follows: our attention kernels keep heads and head_dim apart). Shapes are
+written from the configuration, never from a tensor, so that a table is a check of its own. Names
+and transposes: the original's state dicts under transformers 4.40.
 """
 
 import dataclasses

@@ -1,8 +1,11 @@
 """Conversation records: LLaVA-style JSON, read strictly."""
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
+
+_OTHER_MEDIA = ("image", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +49,17 @@ def parse_record(data: dict, where: str) -> Record:
     values = [s.get("value") for s in sentences]
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"{where}: every sentence needs a string `value`")
+    other = [name for name in _OTHER_MEDIA if data.get(name) is not None]
+    if other:
+        raise ValueError(f"{where}: `{other[0]}` is not supported yet; only `video` is read")
+    video, kind = data.get("video"), data.get("kind", "")
+    if not isinstance(video, str | None) or not isinstance(kind, str):
+        raise ValueError(f"{where}: `video` and `kind` must be strings")
     return Record(
         id=str(data.get("id", where)),
         turns=tuple(zip(values[::2], values[1::2], strict=True)),
-        video=data.get("video"),
-        kind=data.get("kind", ""),
+        video=video,
+        kind=kind,
     )
 
 
@@ -67,7 +76,11 @@ def read_records(path: str | Path) -> list[Record]:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: must hold a list of records")
-    return [parse_record(item, f"{path}, record {i}") for i, item in enumerate(data)]
+    records = [parse_record(item, f"{path}, record {i}") for i, item in enumerate(data)]
+    repeated = [id for id, n in collections.Counter(r.id for r in records).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{path}: ids must be unique; these occur again: {', '.join(repeated)}")
+    return records
 
 
 def write_records(path: str | Path, records) -> None:

@@ -93,7 +93,7 @@ def is_heldout(pairs, fact: int = 0) -> bool:
 
     Args:
       pairs: (colour, shape) of each thing; their order does not matter.
-      fact: number of the answer, for families that have one.
+      fact: number of the answer, for families that have one; it counts once per thing.
     """
     numbers = [_COLOUR_NUMBER[colour] + SHAPES.index(shape) + fact for colour, shape in pairs]
     return sum(numbers) % 6 == 0

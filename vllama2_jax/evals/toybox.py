@@ -69,7 +69,13 @@ def evaluate_toybox(
 
     Returns:
       One score per kind that occurs.
+
+    Raises:
+      ValueError: for a record without a video, or of a kind that Toybox does not know.
     """
+    strange = [r.id for r in records if r.video is None or r.kind not in KINDS]
+    if strange:
+        raise ValueError(f"not questions of a Toybox: {', '.join(strange)}")
     rng = np.random.default_rng(seed)
     questions = [record.turns[0][0].removeprefix(PLACEHOLDER) for record in records]
     paths = [Path(media_root) / record.video for record in records]

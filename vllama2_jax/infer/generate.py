@@ -1,6 +1,7 @@
 """Drive the compiled programs: batch the prompts, make room, run, read the tokens back."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -11,12 +12,13 @@ from vllama2_jax.infer.buckets import bucket
 from vllama2_jax.infer.programs import Generation, Programs, Prompt
 from vllama2_jax.infer.sampling import Sampler, Sampling
 from vllama2_jax.models.cache import KVCache
-from vllama2_jax.text import Spliced
+from vllama2_jax.text import Spliced, StreamDecoder, Tokenizer
 
-# Room for new tokens is made in steps: most answers are short, and every slot costs attention.
+# Room for new tokens is made in steps: most answers are short, and every slot costs attention. The
+# first is the same for every request, so that a prompt's bucket alone decides which programs run.
 _FIRST_ROOM = 256
 # Tokens between two looks of a stream: few enough to read along, enough to hide the round trip.
-_STREAM_STEP = 4
+STREAM_STEP = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,37 +39,35 @@ class Decoding:
 
     def __init__(self, generator: "Generator", state: Generation, sampler, stop_ids, max_new: int):
         """Wrap the state behind a prefill; see `Generator.begin`."""
-        self._generator, self.state = generator, state
-        self._sampler, self._stop_ids = sampler, stop_ids
+        self._generator, self._sampler, self._stop_ids = generator, sampler, stop_ids
         self.max_new = max_new
+        self._enter(state)
 
     @property
     def finished(self) -> bool:
         """Whether every row has stopped or is full."""
-        return int(self.state.count) >= self.max_new or bool(jnp.all(self.state.done))
+        return self.count >= self.max_new or bool(self._done.all())
 
     def advance(self, steps: int | None = None) -> None:
         """Generate `steps` more tokens, or all that are left."""
-        count = int(self.state.count)
-        target = self.max_new if steps is None else min(count + steps, self.max_new)
-        while count < target and not self.finished:
+        target = self.max_new if steps is None else min(self.count + steps, self.max_new)
+        while self.count < target and not self.finished:
             room = self.state.tokens.shape[1]
-            if count >= room:
-                self._make_room(min(2 * room, bucket(self.max_new)))
-                room = self.state.tokens.shape[1]
-            self.state = self._generator.decode(
-                self.state, self._sampler, self._stop_ids, min(target, room)
+            if self.count >= room:
+                room *= 2
+                self._make_room(room)
+            self._enter(
+                self._generator.decode(self.state, self._sampler, self._stop_ids, min(target, room))
             )
-            count = int(self.state.count)
 
     def tokens(self) -> list[list[int]]:
         """The new ids of each row so far, its stop id included."""
-        lengths = np.minimum(np.asarray(self.state.lengths), self.max_new)
-        rows = np.asarray(self.state.tokens)
-        return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
+        return [
+            row[:length].tolist() for row, length in zip(self._tokens, self._lengths, strict=True)
+        ]
 
-    def stream(self) -> Iterator[list[int]]:
-        """Yield the newest ids of a single row as they come."""
+    def stream(self, step: int | None = STREAM_STEP) -> Iterator[list[int]]:
+        """Yield the newest ids of a single row, `step` at a time (None: all in one)."""
         shown = 0
         while True:
             (row,) = self.tokens()
@@ -75,7 +75,26 @@ class Decoding:
             shown = len(row)
             if self.finished:
                 return
-            self.advance(_STREAM_STEP)
+            self.advance(step)
+
+    def text(self, tokenizer: Tokenizer, step: int | None = STREAM_STEP) -> Iterator[str]:
+        """Yield the text of a single row in pieces; `step` as in `stream`."""
+        decoder = StreamDecoder(tokenizer)
+        for ids in self.stream(step):
+            for token in ids:
+                if piece := decoder.push(token):
+                    yield piece
+        if piece := decoder.flush():
+            yield piece
+
+    def _enter(self, state: Generation) -> None:
+        """Take a new state over, and what the host needs of it in one transfer."""
+        self.state = state
+        # Copies: the state's own buffers are given to the next call of the decode loop.
+        self._done, self._lengths, self._tokens = map(
+            np.array, jax.device_get((state.done, state.lengths, state.tokens))
+        )
+        self.count = int(state.count)
 
     def _make_room(self, room: int) -> None:
         more = room - self.state.tokens.shape[1]
@@ -112,11 +131,9 @@ class Generator:
             far, and `requests` holds the rest.
           start: the rotary position of the first new slot.
         """
-        if max_new < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, not {max_new}")
         prompt, media = pack(requests, self.programs.config.decoder.width, start)
-        length = prompt.tokens.shape[1]
-        room = min(bucket(max_new), _FIRST_ROOM)
+        self._warn_beyond_training(start + max(len(r.spliced.tokens) for r in requests))
+        length, room = prompt.tokens.shape[1], _FIRST_ROOM
         if cache is None:
             cache = self.programs.new_cache(len(requests), length + room)
         else:
@@ -133,6 +150,15 @@ class Generator:
             stops = stops.at[: len(stop_ids)].set(jnp.asarray(stop_ids, jnp.int32))
         state = self.programs.start(logits, cache, positions, keys, sampler, stops, room=room)
         return Decoding(self, state, sampler, stops, max_new)
+
+    def _warn_beyond_training(self, length: int) -> None:
+        limit = self.programs.config.decoder.max_positions
+        if length > limit:
+            warnings.warn(
+                f"a prompt of {length} tokens is longer than the {limit} that the model was made "
+                "for; its answer may be poor (ask about fewer frames, or a shorter conversation)",
+                stacklevel=3,
+            )
 
     def decode(self, state, sampler, stop_ids, until: int) -> Generation:
         """Run the decode loop up to `until` tokens per row."""

@@ -1,6 +1,7 @@
 """The model as its users know it: media and words in, words out."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -8,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
-from vllama2_jax.infer.generate import Generator, Request
+from vllama2_jax.infer.generate import Decoding, Generator, Request
 from vllama2_jax.infer.programs import Programs
 from vllama2_jax.infer.sampling import Sampling
 from vllama2_jax.infer.session import Session
-from vllama2_jax.media import Clip, load_clip
+from vllama2_jax.media import Clip, Limits, load_clip
 from vllama2_jax.text import (
     Spliced,
-    StreamDecoder,
     choose_template,
     expand,
     inference_messages,
@@ -27,6 +27,7 @@ from vllama2_jax.text import (
 _TOP_P = 0.9
 _MAX_NEW_TOKENS = 2048
 _BATCH_ROWS = 8
+MODALITIES = ("auto", "video", "image", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Model:
           split_experts: the form of the experts' parameters (see `models/stacking.py`).
         """
         self.card, self.tokenizer = card, tokenizer
+        #: Bounds of every read of media; raise them here when an error says so.
+        self.limits = Limits()
         self.template = card.template or choose_template(card.config.decoder.family, tokenizer)
         self.generator = Generator(Programs(card.config, dtype, split_experts), params)
 
@@ -72,7 +75,6 @@ class Model:
         self,
         media,
         question: str,
-        *,
         modality: str = "auto",
         start: float | None = None,
         end: float | None = None,
@@ -95,7 +97,8 @@ class Model:
           num_frames: how many to look at; the checkpoint's own number by default.
           max_new_tokens: at most so many (2,048 by default).
           temperature: 0 is greedy.
-          top_p, top_k: filters of sampling; the original's 0.9, and the checkpoint's k.
+          top_p, top_k: filters of sampling; by default 0.9, which the original passes whatever the
+            checkpoint says, and the checkpoint's own k.
           repetition_penalty: the checkpoint's own by default.
           seed: of sampling.
 
@@ -104,75 +107,76 @@ class Model:
 
         Raises:
           MediaError: if the media cannot be read, saying why and what to do.
+          ValueError: for options that make no sense.
         """
-        return "".join(
-            self.stream(
-                media,
-                question,
-                modality=modality,
-                start=start,
-                end=end,
-                num_frames=num_frames,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-            )
-        ).strip()
-
-    def stream(self, media, question: str, *, max_new_tokens=None, **options) -> Iterator[str]:
-        """`ask`, piece by piece; the pieces joined and stripped are its answer."""
-        media_options, sampling = _split(options)
-        encoded = self.read_media(media, **media_options)
-        messages = self.inference_messages([{"role": "user", "content": question}], encoded)
-        run = self.generator.begin(
-            [Request(self.splice(messages, encoded), encoded.tokens)],
-            self.sampling(**sampling),
-            self.card.generation.stop_ids,
-            self.max_new_tokens(max_new_tokens),
+        run = self._ask(
+            self.read_media(media, modality, start, end, num_frames),
+            question,
+            max_new_tokens,
+            self.sampling(temperature, top_p, top_k, repetition_penalty, seed),
         )
-        text = StreamDecoder(self.tokenizer)
-        for ids in run.stream():
-            for token in ids:
-                if piece := text.push(token):
-                    yield piece
-        if piece := text.flush():
-            yield piece
+        return "".join(run.text(self.tokenizer, step=None)).strip()
+
+    def stream(
+        self,
+        media,
+        question: str,
+        modality: str = "auto",
+        start: float | None = None,
+        end: float | None = None,
+        num_frames: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = _TOP_P,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """`ask`, piece by piece; the pieces joined and stripped are its answer.
+
+        Media are read, and bad input is refused, before this returns.
+        """
+        run = self._ask(
+            self.read_media(media, modality, start, end, num_frames),
+            question,
+            max_new_tokens,
+            self.sampling(temperature, top_p, top_k, repetition_penalty, seed),
+        )
+        return run.text(self.tokenizer)
 
     def ask_batch(
         self, pairs: Sequence[tuple], *, max_new_tokens=None, progress=None, **options
     ) -> list[str]:
         """Answer many (media, question) pairs; equal to asking them one by one.
 
-        Pairs are generated eight at a time; media that occur again are read once.
+        Pairs are generated eight at a time; files that occur again are read once, and held until
+        their last question. The first file that cannot be read ends the call.
 
         Args:
           pairs: [(media, question), ...].
           max_new_tokens: as in `ask`; the other options too.
           progress: called with (answers done, answers in all).
         """
-        media_options, sampling = _split(options)
-        answers: list[str] = []
+        media_options, sampling_options = _split(options)
+        sampling, limit = self.sampling(**sampling_options), self.max_new_tokens(max_new_tokens)
+        keys = [_path_key(media) for media, _ in pairs]
+        last_use = {key: number for number, key in enumerate(keys)}
         known: dict[str, EncodedMedia] = {}
+        answers: list[str] = []
         for first in range(0, len(pairs), _BATCH_ROWS):
             requests = []
-            for media, question in pairs[first : first + _BATCH_ROWS]:
-                key = str(media) if isinstance(media, str) or hasattr(media, "__fspath__") else ""
-                if key not in known or not key:
-                    known[key] = self.read_media(media, **media_options)
-                encoded = known[key]
-                messages = self.inference_messages([{"role": "user", "content": question}], encoded)
-                requests.append(Request(self.splice(messages, encoded), encoded.tokens))
-            run = self.generator.begin(
-                requests,
-                self.sampling(**sampling),
-                self.card.generation.stop_ids,
-                self.max_new_tokens(max_new_tokens),
-            )
+            for number in range(first, min(first + _BATCH_ROWS, len(pairs))):
+                (media, question), key = pairs[number], keys[number]
+                encoded = known.pop(key, None) or self.read_media(media, **media_options)
+                if key is not None and last_use[key] > number:
+                    known[key] = encoded
+                requests.append(self._request(encoded, question))
+            asked = len(requests)
+            if first:  # a last batch of fewer rows would be another program
+                requests += [requests[-1]] * (_BATCH_ROWS - asked)
+            run = self.generator.begin(requests, sampling, self.card.generation.stop_ids, limit)
             run.advance()
-            answers += [self.tokenizer.decode(ids).strip() for ids in run.tokens()]
+            answers += [self.tokenizer.decode(ids).strip() for ids in run.tokens()[:asked]]
             if progress:
                 progress(len(answers), len(pairs))
         return answers
@@ -184,7 +188,7 @@ class Model:
     # What tests and benchmarks measure.
 
     def generate(
-        self, media, messages, *, max_new_tokens=None, stop: bool = True, **options
+        self, media, messages, max_new_tokens: int | None = None, stop: bool = True, **options
     ) -> list[int]:
         """New ids behind exactly these messages (see `logits`), the stop id included.
 
@@ -226,11 +230,11 @@ class Model:
     # The steps in between.
 
     def read_media(
-        self, media, *, modality="auto", start=None, end=None, num_frames=None
+        self, media, modality="auto", start=None, end=None, num_frames=None
     ) -> EncodedMedia:
         """Decode media and run tower and connector; arguments as in `ask`."""
-        if modality not in ("auto", "video", "image", "text"):
-            raise ValueError(f"unknown modality {modality!r}; known: auto, video, image, text")
+        if modality not in MODALITIES:
+            raise ValueError(f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
         if media is None or modality == "text":
             if media is None and modality in ("video", "image"):
                 raise ValueError(f"modality {modality!r} needs media; none was given")
@@ -238,20 +242,19 @@ class Model:
         clip = load_clip(
             media,
             spec=self.card.image,
-            num_frames=num_frames or self.config.num_frames,
+            num_frames=self.config.num_frames if num_frames is None else num_frames,
             preset=self.card.preset,
             start=start,
             end=end,
+            limits=self.limits,
         )
         found = "image" if clip.is_image else "video"
-        if modality == "auto":
-            modality = found
-        elif modality == "video" and found == "image":
-            raise ValueError(f"{clip.source} is an image, not a video; use modality 'image'")
+        if modality not in ("auto", found):
+            raise ValueError(f"{clip.source} holds {found}, not {modality}; use modality '{found}'")
         steps = len(clip.frame_index)
         self.config.num_media_tokens(steps)  # refuses too few frames, in words
         tokens = self.generator.programs.encode(self.generator.params, *_static_frames(clip, steps))
-        return EncodedMedia(modality, tokens[0], clip)
+        return EncodedMedia(found, tokens[0], clip)
 
     def inference_messages(self, messages, media: EncodedMedia):
         """What the original's inference sends for a conversation."""
@@ -260,8 +263,8 @@ class Model:
     def splice(self, messages, media: EncodedMedia) -> Spliced:
         """Render, tokenize, and give the media their slots."""
         text = render(messages, self.template, add_generation_prompt=True)
-        count = 0 if media.tokens is None else len(media.tokens)
-        return expand(tokenize(text, self.tokenizer), count)
+        slots = [] if media.tokens is None else [len(media.tokens)]
+        return expand(tokenize(text, self.tokenizer), slots)
 
     def sampling(
         self,
@@ -284,8 +287,26 @@ class Model:
         )
 
     def max_new_tokens(self, asked: int | None) -> int:
-        """The caller's limit, or the original's."""
+        """The caller's limit, or the original's.
+
+        Raises:
+          ValueError: below 1.
+        """
+        if asked is not None and asked < 1:
+            raise ValueError(f"max_new_tokens must be 1 or more, not {asked}")
         return _MAX_NEW_TOKENS if asked is None else asked
+
+    def _request(self, media: EncodedMedia, question: str) -> Request:
+        messages = self.inference_messages([{"role": "user", "content": question}], media)
+        return Request(self.splice(messages, media), media.tokens)
+
+    def _ask(self, media: EncodedMedia, question: str, limit, sampling: Sampling) -> Decoding:
+        return self.generator.begin(
+            [self._request(media, question)],
+            sampling,
+            self.card.generation.stop_ids,
+            self.max_new_tokens(limit),
+        )
 
 
 def _place_media(messages, media: EncodedMedia):
@@ -310,6 +331,11 @@ def _static_frames(clip: Clip, steps: int):
         # A short video repeats frames; its own count would be one more program to compile.
         frames = np.concatenate([frames, np.repeat(frames[-1:], steps - len(frames), axis=0)])
     return jnp.asarray(frames[None]), jnp.asarray(clip.frame_index[None, None], jnp.int32)
+
+
+def _path_key(media) -> str | None:
+    """What tells files apart; None for media in memory."""
+    return str(media) if isinstance(media, str | os.PathLike) else None
 
 
 def _split(options: dict) -> tuple[dict, dict]:

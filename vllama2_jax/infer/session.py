@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from vllama2_jax.infer.generate import Request
-from vllama2_jax.text import Spliced, StreamDecoder
+from vllama2_jax.infer.generate import STREAM_STEP, Request
+from vllama2_jax.models.cache import KVCache
+from vllama2_jax.text import Spliced
+
+_EMPTY = Spliced(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class Session:
@@ -22,8 +25,8 @@ class Session:
         self._model = model
         self._media = model.read_media(media, **media_options)
         self._cache = None
-        self._fed = Spliced(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        self._slots = np.zeros(0, np.int32)  # where in the cache each fed token lies
+        self._fed = _EMPTY
+        self._slots = _EMPTY.tokens  # where in the cache each fed token lies
         self.messages: list[dict[str, str]] = []
 
     @property
@@ -32,37 +35,44 @@ class Session:
         return self._media
 
     def ask(self, question: str, **options) -> str:
-        """Ask one more question; options as in `Model.ask`."""
-        return "".join(self.stream(question, **options))
+        """Ask one more question; options as in `Model.ask`, and so is what it returns."""
+        return "".join(self._turn(question, None, **options)).strip()
 
-    def stream(self, question: str, *, max_new_tokens: int | None = None, **sampling):
+    def stream(self, question: str, **options) -> Iterator[str]:
         """Ask one more question and yield the answer as it comes.
 
         A turn counts once its answer is complete: a stream that is abandoned leaves the
         conversation as it was.
         """
+        return self._turn(question, STREAM_STEP, **options)
+
+    def _turn(self, question, step, *, max_new_tokens: int | None = None, **sampling):
         model = self._model
+        # What can be refused is refused before the cache is touched.
+        sampling, limit = model.sampling(**sampling), model.max_new_tokens(max_new_tokens)
         asked = [*self.messages, {"role": "user", "content": question}]
         wanted = model.splice(model.inference_messages(asked, self._media), self._media)
         keep = _common_prefix(self._fed, wanted)
-        self._forget_from(keep)
-        # The cache is handed over: until the turn is complete, this session holds none.
-        cache, self._cache = self._cache, None
+        # The cache is handed over: until the turn is complete, this session holds nothing.
+        cache, fed, slots = self._without(keep), self._fed, self._slots
+        self._cache, self._fed, self._slots = None, _EMPTY, _EMPTY.tokens
         end = 0 if cache is None else int(cache.end)
         rest = Spliced(wanted.tokens[keep:], wanted.media_index[keep:])
         run = model.generator.begin(
             [Request(rest, self._media.tokens)],
-            model.sampling(**sampling),
+            sampling,
             model.card.generation.stop_ids,
-            model.max_new_tokens(max_new_tokens),
+            limit,
             cache=cache,
             start=keep,
         )
-        fed, slots = self._fed, self._slots
-        self._fed, self._slots = _EMPTY, _EMPTY.tokens
-        yield from self._pieces(run, asked)
+        answer = []
+        for piece in run.text(model.tokenizer, step):
+            answer.append(piece)
+            yield piece
+        self.messages = [*asked, {"role": "assistant", "content": "".join(answer).strip()}]
         (new,) = run.tokens()
-        first_new = int(run.state.cache.end) - (int(run.state.count) - 1)
+        first_new = int(run.state.cache.end) - (run.count - 1)
         self._fed = Spliced(
             np.concatenate([fed.tokens[:keep], rest.tokens, np.asarray(new[:-1], np.int32)]),
             np.concatenate(
@@ -78,27 +88,12 @@ class Session:
         )
         self._cache = run.state.cache
 
-    def _pieces(self, run, asked) -> Iterator[str]:
-        text = StreamDecoder(self._model.tokenizer)
-        answer = []
-        for ids in run.stream():
-            for token in ids:
-                if piece := text.push(token):
-                    answer.append(piece)
-                    yield piece
-        if piece := text.flush():
-            answer.append(piece)
-            yield piece
-        self.messages = [*asked, {"role": "assistant", "content": "".join(answer).strip()}]
-
-    def _forget_from(self, keep: int) -> None:
+    def _without(self, keep: int) -> KVCache | None:
+        """The cache, having forgotten what was fed from slot `keep` of the conversation on."""
         if self._cache is None:
-            return
+            return None
         segments = self._cache.segments.at[:, jnp.asarray(self._slots[keep:])].set(0)
-        self._cache = self._cache.replace(segments=segments)
-
-
-_EMPTY = Spliced(np.zeros(0, np.int32), np.zeros(0, np.int32))
+        return self._cache.replace(segments=segments)
 
 
 def _common_prefix(fed: Spliced, wanted: Spliced) -> int:

@@ -4,6 +4,8 @@ They are what a checkpoint's model card stores, and all that a network is built 
 """
 
 import dataclasses
+import types
+import typing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,26 +143,86 @@ def config_to_dict(config) -> dict:
 
 
 def config_from_dict(cls, data: dict):
-    """Rebuild a config dataclass from `config_to_dict`; unknown or missing fields are an error.
+    """Rebuild a config dataclass from `config_to_dict`, strictly.
+
+    Args:
+      cls: the dataclass; its fields are int, float, str, bool, tuples, other dataclasses, or one
+        of these or None.
+      data: plain JSON types; a whole number will do for a float, nothing else is converted.
 
     Raises:
-      ValueError: naming the class and every field that does not fit.
+      ValueError: naming every unknown and missing field and every value of another type.
     """
+    problems: list[str] = []
+    value = _dataclass(cls, data, "", problems)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return value
+
+
+_ABSENT = object()  # stands for a value that could not be built; the reason is in `problems`
+
+
+def _dataclass(cls, data, path: str, problems: list[str]):
+    at = path or cls.__name__
+    if not isinstance(data, dict):
+        problems.append(f"{at} must be an object, not {data!r}")
+        return _ABSENT
     fields = {f.name: f for f in dataclasses.fields(cls)}
     required = {
         name
         for name, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
-    unknown, missing = sorted(set(data) - set(fields)), sorted(required - set(data))
-    if unknown or missing:
-        raise ValueError(f"{cls.__name__}: unknown fields {unknown}, missing fields {missing}")
-    values = {}
-    for name, value in data.items():
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-            value = config_from_dict(kind, value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return cls(**values)
+    for kind, names in (("unknown", set(data) - set(fields)), ("missing", required - set(data))):
+        if names:
+            problems.append(f"{at}: {kind} fields {', '.join(sorted(names))}")
+    kinds = typing.get_type_hints(cls)
+    values = {
+        name: _value(kinds[name], value, f"{path}.{name}" if path else name, problems)
+        for name, value in data.items()
+        if name in fields
+    }
+    if required - set(values) or any(value is _ABSENT for value in values.values()):
+        return _ABSENT
+    try:
+        return cls(**values)
+    except ValueError as error:  # of the class's own checks
+        problems.append(f"{at}: {error}")
+        return _ABSENT
+
+
+def _value(kind, value, path: str, problems: list[str]):
+    """`value` as the type `kind`, or `_ABSENT` and a line in `problems`."""
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, path, problems)
+    if isinstance(kind, types.UnionType):
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+        return _value(kind, value, path, problems)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if isinstance(value, list | tuple):
+            if items[-1] is Ellipsis:
+                items = items[:1] * len(value)
+            if len(items) == len(value):
+                built = [
+                    _value(item, part, f"{path}[{i}]", problems)
+                    for i, (item, part) in enumerate(zip(items, value, strict=True))
+                ]
+                return _ABSENT if any(part is _ABSENT for part in built) else tuple(built)
+            problems.append(f"{path} must have {len(items)} values, not {len(value)}")
+        else:
+            problems.append(f"{path} must be a list, not {value!r}")
+        return _ABSENT
+    # A bool is an int to Python, and to nobody else.
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    problems.append(f"{path} must be {_IN_WORDS[kind]}, not {value!r}")
+    return _ABSENT
+
+
+_IN_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

@@ -16,14 +16,8 @@ from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import DecoderConfig
 from vllama2_jax.models.matmul import dense_dot
 from vllama2_jax.models.moe import MoE
+from vllama2_jax.models.remat import rematerialised
 from vllama2_jax.models.rope import apply_rope, rope_tables
-
-# What the backward pass keeps of a layer; everything else is computed again.
-REMAT_POLICIES = {
-    "none": None,  # no rematerialisation
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -205,11 +199,11 @@ class Decoder(nn.Module):
       config: shapes.
       dtype: of the matrix products; norms, softmax and rotation run in float32.
       param_dtype: of the parameters.
-      remat: a name in `REMAT_POLICIES`.
+      remat: a name in `remat.REMAT_POLICIES`.
       scan_layers: scan over stacked parameters (training), or run a Python loop over each layer's
         own (inference; the only form that takes a cache). `unstack_layers` converts.
       attention_backend: see `attention.attend`.
-      moe_backend: see `moe.MoE`.
+      moe_backend: see `grouped_matmul.grouped_matmul`.
       split_experts: every expert has its own arrays, `moe/expert_0/gate` (inference on CPU).
     """
 
@@ -225,15 +219,7 @@ class Decoder(nn.Module):
     def setup(self):
         """Declare the parameters."""
         c, types = self.config, (self.dtype, self.param_dtype)
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"unknown remat policy {self.remat!r}; known: {', '.join(REMAT_POLICIES)}"
-            )
-        layer = DecoderLayer
-        if REMAT_POLICIES[self.remat] is not None:
-            layer = nn.remat(
-                layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers
-            )
+        layer = rematerialised(DecoderLayer, self.remat, scanned=self.scan_layers)
         options = (c, *types, self.attention_backend, self.moe_backend, self.split_experts)
         if self.scan_layers:
             self.layers = nn.scan(

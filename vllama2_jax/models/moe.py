@@ -150,7 +150,7 @@ def load_balancing_loss(
     over the tokens of all layers together.
 
     Args:
-      router_logits: [num_layers, B, L, E], from `Decoder(..., with_router_logits=True)`.
+      router_logits: [num_layers, B, L, E], from `VLlama2.decode(with_router_logits=True)`.
       top_k: experts per token.
       weights: [B, L], 1 for a token that counts and 0 for padding; None counts all.
 

@@ -1,7 +1,6 @@
-"""Two forms of a decoder's parameters, scanned and unrolled, and the way between them."""
+"""From the scanned form of a decoder's parameters (training) to the unrolled one (inference)."""
 
 import jax
-import jax.numpy as jnp
 
 _EXPERT_WEIGHTS = ("gate", "up", "down")
 
@@ -20,14 +19,6 @@ def unstack_layers(params: dict, *, split_experts: bool = False) -> dict:
     for i in range(len(params["layers"]["input_norm"]["scale"])):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
         out[f"layer_{i}"] = _split_experts(layer) if split_experts else layer
-    return out
-
-
-def stack_layers(params: dict) -> dict:
-    """The inverse of `unstack_layers`, with experts split or not."""
-    out = {name: value for name, value in params.items() if not name.startswith("layer_")}
-    layers = [_join_experts(params[f"layer_{i}"]) for i in range(len(params) - len(out))]
-    out["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return out
 
 
@@ -60,14 +51,4 @@ def _split_experts(layer):
     moe = {name: value for name, value in layer["moe"].items() if name not in _EXPERT_WEIGHTS}
     for e in range(len(layer["moe"]["gate"])):
         moe[f"expert_{e}"] = {name: layer["moe"][name][e] for name in _EXPERT_WEIGHTS}
-    return {**layer, "moe": moe}
-
-
-def _join_experts(layer):
-    if "expert_0" not in layer.get("moe", {}):
-        return layer
-    moe = {name: v for name, v in layer["moe"].items() if not name.startswith("expert_")}
-    experts = [layer["moe"][f"expert_{e}"] for e in range(len(layer["moe"]) - len(moe))]
-    for name in _EXPERT_WEIGHTS:
-        moe[name] = jnp.stack([expert[name] for expert in experts])
     return {**layer, "moe": moe}

@@ -14,8 +14,8 @@ import numpy as np
 
 from vllama2_jax.models.config import ViTConfig
 from vllama2_jax.models.convolution import convolve
-from vllama2_jax.models.decoder import REMAT_POLICIES
 from vllama2_jax.models.matmul import dense_dot
+from vllama2_jax.models.remat import rematerialised
 
 
 def normalise(frames: jax.Array, config: ViTConfig) -> jax.Array:
@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
 
 def attend_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention without a mask; softmax in float32.
+    """Attention without a mask; logits and softmax in float32.
 
     Args:
       query: [N, L, H, D].
@@ -145,10 +145,16 @@ def _attend_in_cache(query, key, value):
 
     def attend(qkv):
         query, key, value = qkv
-        logits = jnp.einsum("hqd,hkd->hqk", query * head_dim**-0.5, key)
-        logits = logits.astype(jnp.float32)
+        # Scaled in float32: in bfloat16 the factor itself would be off, and every logit with it.
+        query = (query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype)
+        logits = jnp.einsum("hqd,hkd->hqk", query, key, preferred_element_type=jnp.float32)
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        out = jnp.einsum("hqk,hkd->hqd", weights.astype(value.dtype), value)
+        out = jnp.einsum(
+            "hqk,hkd->hqd",
+            weights.astype(value.dtype),
+            value,
+            preferred_element_type=jnp.float32,
+        )
         return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
 
     out = jax.lax.map(attend, (split(query), split(key), split(value)))
@@ -208,7 +214,7 @@ class VisionTower(nn.Module):
       config: the shapes.
       dtype: of activations and matmuls; norms and softmax are float32.
       param_dtype: of the parameters that `init` makes.
-      remat: what the backward pass keeps of a block, a name in `decoder.REMAT_POLICIES`.
+      remat: what the backward pass keeps of a block, a name in `remat.REMAT_POLICIES`.
     """
 
     config: ViTConfig
@@ -258,7 +264,7 @@ class VisionTower(nn.Module):
             x = _layer_norm(config, self.dtype, self.param_dtype, "pre_norm")(x)
         if config.num_blocks_used:
             blocks = nn.scan(
-                _rematerialised(self.remat),
+                rematerialised(Block, self.remat, scanned=True),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=config.num_blocks_used,
@@ -266,10 +272,3 @@ class VisionTower(nn.Module):
             )
             x, _ = blocks(config, self.dtype, self.param_dtype, name="blocks")(x)
         return x[:, 1:] if config.class_token else x
-
-
-def _rematerialised(remat: str) -> type[nn.Module]:
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"unknown remat policy {remat!r}; known: {', '.join(REMAT_POLICIES)}")
-    policy = REMAT_POLICIES[remat]
-    return Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)

@@ -68,10 +68,13 @@ class VLlama2(nn.Module):
       config: the shapes.
       dtype: of activations and matmuls; norms, softmax, rotary angles and logits are float32.
       param_dtype: of the parameters that `init` makes.
-      remat: recomputation policy of the decoder's and the tower's blocks (see `decoder.py`).
+      remat: recomputation policy of the decoder's and the tower's blocks (see `remat.py`).
       scan_layers: one scanned stack of decoder layers (training) or a Python loop over layers with
         parameters of their own (inference; see docs/decisions/decoder-layers.md).
       split_experts: every expert has arrays of its own (inference on CPU).
+      attention_backend: of the decoder: "xla", or "cudnn" (GPU, float16 or bfloat16; see
+        `attention.attend`). The tower chooses by platform.
+      moe_backend: of the experts' products, "blocks" or "ragged_dot" (see `grouped_matmul`).
     """
 
     config: VLlama2Config
@@ -80,6 +83,8 @@ class VLlama2(nn.Module):
     remat: str = "none"
     scan_layers: bool = True
     split_experts: bool = False
+    attention_backend: str = "xla"
+    moe_backend: str = "blocks"
 
     def setup(self):
         """Build the three networks under the names `vision`, `connector` and `decoder`."""
@@ -91,6 +96,8 @@ class VLlama2(nn.Module):
             remat=self.remat,
             scan_layers=self.scan_layers,
             split_experts=self.split_experts,
+            attention_backend=self.attention_backend,
+            moe_backend=self.moe_backend,
             **common,
         )
 
@@ -130,21 +137,28 @@ class VLlama2(nn.Module):
         media: jax.Array | None = None,
         media_index: jax.Array | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        *,
+        with_router_logits: bool = False,
+    ) -> tuple[jax.Array, ...]:
         """Hidden states of spliced rows, optionally behind what a cache already holds.
 
         Args:
           tokens, positions, segment_ids: int32 [B, L].
           media: [B, M, W] from `encode`, with `media_index` int32 [B, L]; both None for text alone.
           cache: keys and values of earlier slots; the new slots are appended.
+          with_router_logits: also return what `moe.load_balancing_loss` takes.
 
         Returns:
-          hidden [B, L, W] behind the final norm, and the extended cache (None if none was given).
+          hidden [B, L, W] behind the final norm, and the extended cache (None if none was given);
+          with `with_router_logits` a third, the routers' logits [num_layers, B, L, E].
+
+        Raises:
+          ValueError: for router logits of a decoder without experts.
         """
         x = self.decoder.embed(tokens)
         if media is not None:
             x = splice(x, media, media_index)
-        return self.decoder(x, positions, segment_ids, cache)
+        return self.decoder(x, positions, segment_ids, cache, with_router_logits=with_router_logits)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab] of hidden states [..., W]."""

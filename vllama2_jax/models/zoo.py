@@ -99,20 +99,6 @@ QWEN2_72B = dataclasses.replace(
     QWEN2_7B, width=8192, mlp_dim=29568, num_layers=80, num_heads=64, num_kv_heads=8
 )
 
-VICUNA_7B = DecoderConfig(
-    family="llama",
-    vocab_size=32000,
-    width=4096,
-    mlp_dim=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    max_positions=4096,
-)
-
 TINY_DECODER = DecoderConfig(
     family="qwen2",
     vocab_size=640,
@@ -208,6 +194,8 @@ ZOO = {
 def model_config(name: str) -> VLlama2Config:
     """The shape of a published model; accepts `2-8x7B` and `VideoLLaMA2-8x7B` alike.
 
+    A published model and its `-Base` repository (the connector alone) have one shape.
+
     Raises:
       ValueError: for an unknown name, listing the known ones.
     """
@@ -215,7 +203,8 @@ def model_config(name: str) -> VLlama2Config:
     if short.startswith("VideoLLaMA2"):
         # "VideoLLaMA2-7B" -> "2-7B", "VideoLLaMA2.1-7B-16F" -> "2.1-7B-16F"
         short = short[len("VideoLLaMA") :]
-    short = short.removesuffix("-Base")
+    if short != "tiny-Base":  # `tiny` was never published
+        short = short.removesuffix("-Base")
     if short not in ZOO:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(ZOO)}")
     return ZOO[short]

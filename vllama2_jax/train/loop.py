@@ -1,10 +1,11 @@
 """Run a step over batches, with a bar that shows how it goes."""
 
+import contextlib
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import jax
 from rich.console import Console
@@ -29,7 +30,7 @@ def run_steps(
       step: of `make_step`.
       state: consumed.
       frozen: what does not train.
-      batches: at least `num_steps` of them.
+      batches: at least `num_steps` of them; consumed, and a generator is closed.
       label: what the bar says.
       num_steps: how many to take.
       log: called after each step with {"step", "loss", "grad_norm", "seconds"}, numbers.
@@ -41,17 +42,21 @@ def run_steps(
       FloatingPointError: as soon as a loss is not finite.
       ValueError: if the batches run out.
     """
-    source = prefetch(iter(batches))
     console = Console(file=sys.stderr)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
+    source = prefetch(iter(batches))
+    # However the run ends, the thread that prepares its batches ends with it.
+    with (
+        contextlib.closing(source),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as bar,
+    ):
         task = bar.add_task(label, total=num_steps, loss=float("nan"))
         for _ in range(num_steps):
             start = time.perf_counter()
@@ -69,8 +74,12 @@ def run_steps(
     return state
 
 
-def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
-    """The same items, prepared by a thread while the device works; its errors are raised here."""
+def prefetch(batches: Iterator, depth: int = 2) -> Generator:
+    """The same items, prepared by a thread while the device works; its errors are raised here.
+
+    The thread starts with the first item. Closing the returned generator, or its end, waits for the
+    item in preparation, closes `batches` if that is a generator, and ends the thread.
+    """
     waiting: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
     end = object()
@@ -92,9 +101,13 @@ def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
             offer((end, None))
         except BaseException as error:
             offer((end, error))
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # here, since only the thread that runs a generator can close it
 
     def drain():
-        threading.Thread(target=work, daemon=True).start()
+        thread = threading.Thread(target=work, daemon=True, name="prefetch")
+        thread.start()
         try:
             while True:
                 item, error = waiting.get()
@@ -105,5 +118,6 @@ def prefetch(batches: Iterator, depth: int = 2) -> Iterator:
                 yield item
         finally:
             stopped.set()
+            thread.join()
 
     return drain()

@@ -7,8 +7,9 @@ import optax
 
 from vllama2_jax.train.trainable import Rule
 
-# No weight decay on anything but matrices, embeddings and convolution kernels.
-_DECAYED = ("kernel", "embedding")
+# Everything decays but the biases and the scales of norms, as in Hugging Face's Trainer. What is
+# left out is named, not what decays: a mixture's experts are called neither kernel nor embedding.
+_NOT_DECAYED = ("bias", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class OptimizerConfig:
       learning_rate: at the peak.
       steps: of the whole run.
       warmup_steps: linear, from 0 at step 0.
-      weight_decay: decoupled, times the learning rate; kernels and embeddings only.
+      weight_decay: decoupled, times the learning rate; of all but biases and norm scales.
       b1, b2, eps: of Adam.
       clip_norm: upper limit of the gradients' global norm; None does not clip.
     """
@@ -60,7 +61,7 @@ def make_optimizer(
         parts.append(
             optax.add_decayed_weights(
                 config.weight_decay,
-                mask=lambda params: {p: p.rsplit("/", 1)[-1] in _DECAYED for p in params},
+                mask=lambda params: {p: p.rsplit("/", 1)[-1] not in _NOT_DECAYED for p in params},
             )
         )
     parts.append(optax.scale_by_learning_rate(learning_rate(config)))

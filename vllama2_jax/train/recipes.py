@@ -83,10 +83,10 @@ RECIPES = {
         ZOO["tiny"],
         (
             Stage("tower", _only("vision", _HEADS), _adam(2e-3, 1200, 50), rows=32),
-            Stage("connector", _only("connector", _HEADS), _adam(3e-3, 1000, 30), rows=24),
+            Stage("connector", _only("connector", _HEADS), _adam(3e-3, 1200, 30), rows=24),
             Stage("text", _only("decoder"), _adam(2e-3, 900, 30), rows=16, length=192),
             Stage(
-                "clips", _only("connector", "decoder"), _adam(1.5e-3, 900, 30), rows=24, length=144
+                "clips", _only("connector", "decoder"), _adam(1.5e-3, 1500, 30), rows=24, length=168
             ),
         ),
     )

@@ -87,7 +87,7 @@ def make_step(
     def step(state: TrainState, frozen: dict, batch):
         value, gradients = loss_and_gradients(loss, state.trainable, frozen, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 

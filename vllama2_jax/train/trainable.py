@@ -15,7 +15,6 @@ from rich.table import Table
 from vllama2_jax.checkpoints.store import flatten, unflatten
 
 ACTIONS = ("train", "freeze")
-_MAX_LISTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +62,9 @@ def assign_rules(rules, params) -> dict[str, Rule]:
         else:
             assigned[path] = rule
     if unmatched:
-        more = f", and {len(unmatched) - _MAX_LISTED} more" if len(unmatched) > _MAX_LISTED else ""
         raise ValueError(
-            f"no rule says whether these parameters train: {', '.join(unmatched[:_MAX_LISTED])}"
-            f'{more}; add a rule, for example Rule(".*", "freeze") at the end'
+            f"no rule says whether these parameters train: {', '.join(unmatched)}"
+            '; add a rule, for example Rule(".*", "freeze") at the end'
         )
     idle = [r.pattern for r in rules if not any(re.fullmatch(r.pattern, p) for p in assigned)]
     if idle:

@@ -1,0 +1,117 @@
+"""The loop around the step: what it logs, when it stops, and that nothing of it stays behind."""
+
+import threading
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from vllama2_jax.train.loop import prefetch, run_steps
+from vllama2_jax.train.step import TrainState
+
+
+def step(state, frozen, batch):
+    """A step whose loss is the batch."""
+    return state.replace(step=state.step + 1), {"loss": batch, "grad_norm": frozen["norm"]}
+
+
+def run(batches, num_steps, log=None):
+    state = TrainState(jnp.zeros((), jnp.int32), {}, None)
+    frozen = {"norm": jnp.float32(2)}
+    return run_steps(step, state, frozen, batches, label="test", num_steps=num_steps, log=log)
+
+
+def prefetching():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+class Endless:
+    """A generator of 0, 1, 2 ... that says when it was closed."""
+
+    def __init__(self):
+        self.closed = False
+
+    def __call__(self):
+        try:
+            number = 0.0
+            while True:
+                yield jnp.float32(number)
+                number += 1
+        finally:
+            self.closed = True
+
+
+def test_every_step_is_logged_with_its_number_and_metrics():
+    history = []
+    state = run([jnp.float32(5), jnp.float32(4), jnp.float32(3)], 3, history.append)
+    assert int(state.step) == 3
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in history] == [
+        (1, 5.0, 2.0),
+        (2, 4.0, 2.0),
+        (3, 3.0, 2.0),
+    ]
+    assert all(record["seconds"] >= 0 for record in history)
+
+
+def test_run_stops_when_batches_run_out():
+    with pytest.raises(ValueError, match="test: the batches ran out before step 3"):
+        run([jnp.float32(1)], 3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_run_stops_at_a_loss_that_is_not_finite(bad):
+    history = []
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        run([jnp.float32(1), jnp.float32(bad), jnp.float32(1)], 3, history.append)
+    assert [record["step"] for record in history] == [1]
+
+
+def test_finished_run_leaves_no_thread_and_closes_its_batches():
+    source = Endless()
+    run(source(), 3)
+    assert not prefetching() and source.closed
+
+
+def test_failed_run_leaves_no_thread_and_closes_its_batches():
+    source = Endless()
+
+    def full(record):
+        raise OSError("disk full")
+
+    # The traceback holds the run's frame, so that nothing is left to the garbage collector.
+    with pytest.raises(OSError, match="disk full") as caught:
+        run(source(), 3, full)
+    assert not prefetching() and source.closed
+    assert caught.value.__traceback__ is not None
+
+
+def test_prefetch_keeps_order_and_raises_the_errors_of_its_source():
+    def source():
+        yield from range(5)
+        raise OSError("disk")
+
+    items = prefetch(source())
+    assert [next(items) for _ in range(5)] == list(range(5))
+    with pytest.raises(OSError, match="disk"):
+        next(items)
+    assert not prefetching()
+
+
+def test_prefetch_prepares_ahead_and_no_further_than_its_depth():
+    made = []
+
+    def source():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    items = prefetch(source(), depth=2)
+    assert next(items) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # One is taken, two wait, and one more is in the thread's hand.
+    time.sleep(0.2)
+    assert made == [0, 1, 2, 3]
+    items.close()
+    assert not prefetching()
