@@ -14,7 +14,7 @@ from vllama2_jax.models.zoo import ZOO
 def card(name="2-7B", preset="reference"):
     config = ZOO[name]
     return ModelCard(
-        config, image_spec(config.vision), PRESETS[preset], GenerationDefaults((2, 7), 1.05, 0.8)
+        config, image_spec(config.vision), PRESETS[preset], GenerationDefaults((2, 7), 1.05, 20)
     )
 
 

@@ -187,7 +187,8 @@ def test_router_logits_reach_the_balancing_loss(experts, batch):
     rows = rows_of(batch, 0, ROWS)
     hidden, cache, logits = decode_text(model, with_router_logits=True)(experts, *rows)
     assert hidden.shape == (ROWS, LENGTH, 16) and cache is None
-    assert logits.shape == (1, ROWS, LENGTH, 4)
+    layers = MINIATURE.decoder.num_layers
+    assert logits.shape == (layers, ROWS, LENGTH, 4)
     # 2 when the load is balanced, 4 when every token goes to the same 2 of 4 experts.
     assert 1.5 < float(load_balancing_loss(logits, 2)) < 4
     reference, _ = decode_text(VLlama2(MIXTURE))(experts, *rows)
