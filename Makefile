@@ -56,7 +56,7 @@ test: lint  ## lint and all tests but the heavy ones
 test-all: lint  ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-tiny: $(STAMP)  ## train the embedded model again (about 15 minutes on 2 cores)
+tiny: $(STAMP)  ## train the embedded model again (13 minutes on 2 cores)
 	$(BIN)/vllama2 train --config=config:tiny --out runs/tiny
 
 clean:  ## remove the environment and everything made
