@@ -12,7 +12,11 @@ from vllama2_jax.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 bad input, 130 interrupted)."""
+    """Run one command; returns the exit code.
+
+    0: done; 1: done, but something is not as it should be (`data check` has quarantined records,
+    `doctor` has found a fault); 2: bad input; 130: interrupted.
+    """
     # Quiet by default: XLA's and TensorStore's notes are for their developers.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -73,12 +77,24 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("dst", metavar="DST", help="a new directory")
     convert.add_argument("--dtype", default="bfloat16", help="of the saved arrays (%(default)s)")
 
-    data = command("data", None, "make data to train on")
+    data = command("data", None, "make and check data to train on")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     toybox = command("toybox", _toybox, "render small videos with questions and answers", kinds)
     toybox.add_argument("dir", metavar="DIR", help="a new directory: train.json, heldout.json")
     toybox.add_argument("--clips", type=int, default=1000, help="to render (%(default)s)")
     toybox.add_argument("--seed", type=int, default=0)
+
+    check = command("check", _data_check, "look at every record and its media", kinds)
+    check.add_argument("file", metavar="FILE", help="a .json list, a .jsonl file or a pack")
+    _media_root_option(check)
+    check.add_argument("--model", help="count text tokens as training this model would")
+    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(%(default)s)")
+    check.add_argument("--report", metavar="OUT.json", help="write what is found, as JSON")
+    pack = command("pack", _data_pack, "write records and media into ArrayRecord shards", kinds)
+    pack.add_argument("file", metavar="FILE", help="a .json list or a .jsonl file")
+    pack.add_argument("dst", metavar="DST", help="a new directory")
+    _media_root_option(pack)
+    pack.add_argument("--report", metavar="JSON", help="of `data check`: leave its quarantine out")
 
     train = command("train", _train, "train a model")
     train.add_argument("--out", required=True, metavar="DIR", help="the run's new directory")
@@ -96,6 +112,12 @@ _LIMITS = {
     "max_frames": "refuse more distinct frames",
     "max_seconds": "give up on a file after so long",
 }
+
+
+def _media_root_option(parser) -> None:
+    parser.add_argument(
+        "--media-root", metavar="DIR", help="what paths are relative to (the folder of FILE)"
+    )
 
 
 def _model_options(parser) -> None:
@@ -117,7 +139,8 @@ def _media_options(parser) -> None:
     group.add_argument("--num-frames", type=int, metavar="N", help="frames to look at")
     for name, words in _LIMITS.items():
         option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=float, metavar="N", help=words)
+        kind = float if name == "max_seconds" else int
+        group.add_argument(option, type=kind, metavar="N", help=words)
 
 
 def _sampling_options(parser) -> None:
@@ -249,6 +272,58 @@ def _toybox(options) -> None:
     with bar("rendering", unit="clips") as progress:
         write_toybox(options.dir, options.clips, seed=options.seed, progress=progress)
     print(f"{options.clips} clips in {options.dir}: train.json, heldout.json")
+
+
+def _data_check(options) -> int:
+    from rich.console import Console
+
+    from vllama2_jax.data.check import check
+    from vllama2_jax.data.check_report import write_report
+    from vllama2_jax.data.sources import open_source
+    from vllama2_jax.progress import bar
+
+    tokenizer = template = None
+    if options.model:
+        from vllama2_jax.loading import text_rules
+
+        tokenizer, template = text_rules(options.model)
+    source = open_source(options.file)
+    report = check(
+        source,
+        _media_root(options),
+        tokenizer=tokenizer,
+        template=template,
+        workers=options.workers,
+        bar=bar,
+    )
+    if options.report:
+        write_report(options.report, report)
+    report.show(Console(width=None if sys.stdout.isatty() else 120))
+    return 1 if report.quarantine else 0
+
+
+def _data_pack(options) -> None:
+    from vllama2_jax.data.check_report import read_report
+    from vllama2_jax.data.pack import pack
+    from vllama2_jax.data.sources import open_source
+    from vllama2_jax.progress import bar
+
+    source, quarantine = open_source(options.file), []
+    if options.report:
+        quarantine = read_report(options.report, source.fingerprint)["quarantine"]
+    left_out = [entry["number"] for entry in quarantine]
+    with bar("packing", unit="records") as progress:
+        done = pack(
+            source, options.dst, _media_root(options), leave_out=left_out, progress=progress
+        )
+    print(
+        f"{done['records']} records with {done['media']} media files ({done['bytes']} bytes) in "
+        f"{options.dst}; {len(left_out)} left out"
+    )
+
+
+def _media_root(options) -> str:
+    return options.media_root or os.path.dirname(options.file) or "."
 
 
 def _train(options) -> None:

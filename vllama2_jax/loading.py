@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
+from vllama2_jax.checkpoints.card import read_card
 from vllama2_jax.checkpoints.store import TOKENIZER, flatten, unflatten
+from vllama2_jax.convert.hf_config import is_connector_only, model_from_json, read_json
 from vllama2_jax.convert.huggingface import is_huggingface, load_huggingface, resolve
 from vllama2_jax.infer.model import Model
 from vllama2_jax.media.preset import MediaPreset
 from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import model_config
-from vllama2_jax.text import load_tokenizer
+from vllama2_jax.text import ChatTemplate, Tokenizer, choose_template, load_tokenizer
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 _HUB_OWNER = "DAMO-NLP-SG"
@@ -129,6 +131,28 @@ def read(
         f"{folder}: not a model (neither model_card.json nor config.json); "
         "give a released checkpoint, a saved model, or a training run"
     )
+
+
+def text_rules(source: str | Path) -> tuple[Tokenizer, str | ChatTemplate]:
+    """Tokenizer and chat template of a model, without reading its weights.
+
+    Args:
+      source: as in `load`.
+
+    Raises:
+      CheckpointError: if the model cannot be found or understood.
+    """
+    folder = find(source)
+    if is_saved_model(folder):
+        card, tokenizer = read_card(folder), load_tokenizer(folder / TOKENIZER)
+        return tokenizer, card.template or choose_template(card.config.decoder.family, tokenizer)
+    data = read_json(folder / "config.json")
+    if is_connector_only(data):
+        raise CheckpointError(
+            f"{folder}: holds a connector alone; convert it and give what comes out"
+        )
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, choose_template(model_from_json(data, folder.name).decoder.family, tokenizer)
 
 
 def _unstack(flat: dict[str, jax.Array], split_experts: bool) -> dict:

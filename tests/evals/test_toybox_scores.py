@@ -29,7 +29,7 @@ class Oracle:
 
     def __init__(self, folder, records):
         self.answers = {
-            (str(folder / r.video), r.turns[0][0].removeprefix("<video>\n")): r.turns[0][1]
+            (str(folder / r.media.source), r.turns[0][0].removeprefix("<video>\n")): r.turns[0][1]
             for r in records
         }
         self.blind, self.frames = [], []

@@ -2,81 +2,233 @@
 
 import collections
 import dataclasses
+import difflib
 import json
+import math
 from pathlib import Path
 
-_OTHER_MEDIA = ("image", "audio")
+from vllama2_jax.text import PLACEHOLDERS, TemplateError, messages_from_llava, place_media_tag
+from vllama2_jax.text.chat import Message
+
+MEDIA_KINDS = ("image", "video")
+KNOWN_KEYS = ("id", *MEDIA_KINDS, "start", "end", "kind", "dataset", "conversations")
+_NOT_YET = ("audio",)
+# A key that is so much like a known one is that one misspelt; any other is somebody else's note.
+_MISSPELT = 0.8
+
+
+class RecordError(ValueError):
+    """A record that cannot be used.
+
+    Attributes:
+      file: where it stands.
+      number: which of the file's records it is, from 0.
+      id: its id, "" where it has none.
+      cause: what is wrong with it.
+    """
+
+    def __init__(self, file: str, number: int, id: str, cause: str):
+        # All four are `args`, so that the error survives a pickle between processes.
+        super().__init__(file, number, id, cause)
+        self.file, self.number, self.id, self.cause = file, number, id, cause
+
+    def __str__(self) -> str:
+        named = f" (id {self.id})" if self.id else ""
+        return " ".join(f"{self.file}, record {self.number}{named}: {self.cause}".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """What a conversation is about.
+
+    Attributes:
+      kind: one of `MEDIA_KINDS`.
+      source: path relative to the media root; of a video, a tuple of paths of its frames as well,
+        which are used as they are, without sampling.
+      start, end: seconds of a video's part; None is the file's own start or end.
+    """
+
+    kind: str
+    source: str | tuple[str, ...]
+    start: float | None = None
+    end: float | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files, one or a frame list's."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One conversation, with the video that it is about.
+    """One conversation, with the media that it is about.
 
     Attributes:
-      id: names the record in messages.
-      turns: (question, answer) pairs; the first question may hold the `<video>` placeholder.
-      video: path relative to the media root, or None for text alone.
+      id: names the record in messages; need not be unique (in LLaVA's own data it is not).
+      turns: (question, answer) pairs as written; with media, one question holds their placeholder.
+      media: None for text alone.
       kind: the kind of question, where the data set knows it.
+      dataset: where the record is from, where the data set says it.
     """
 
     id: str
     turns: tuple[tuple[str, str], ...]
-    video: str | None = None
+    media: Media | None = None
     kind: str = ""
+    dataset: str = ""
+
+    def messages(self) -> list[Message]:
+        """Chat messages, the placeholder moved to the front of its turn (`place_media_tag`)."""
+        messages = []
+        for question, answer in self.turns:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        return place_media_tag(messages, f"<{self.media.kind}>") if self.media else messages
 
     def to_json(self) -> dict:
         """The record as LLaVA-style JSON holds it."""
+        data = {"id": self.id}
+        if self.media:
+            source = self.media.source
+            data[self.media.kind] = source if isinstance(source, str) else list(source)
+            data |= {"start": self.media.start, "end": self.media.end}
+        data |= {"kind": self.kind, "dataset": self.dataset}
         conversations = []
         for question, answer in self.turns:
             conversations.append({"from": "human", "value": question})
             conversations.append({"from": "gpt", "value": answer})
-        data = {"id": self.id, "video": self.video, "kind": self.kind}
-        return {k: v for k, v in data.items() if v} | {"conversations": conversations}
+        kept = {name: value for name, value in data.items() if value not in (None, "")}
+        return kept | {"conversations": conversations}
 
 
-def parse_record(data: dict, where: str) -> Record:
+def parse_record(data: dict, file: str | Path, number: int) -> Record:
     """A record from its JSON object.
 
+    One leading sentence that is not human is dropped, as the original does.
+
+    Args:
+      data: the object.
+      file: where it stands; errors name it.
+      number: which of the file's records it is; the id of a record that has none.
+
     Raises:
-      ValueError: saying `where` and what is wrong.
+      RecordError: saying what is wrong.
     """
+    found = id_of(data)
+    try:
+        return _parse(data, found or str(number))
+    except ValueError as error:
+        raise RecordError(str(file), number, found, str(error)) from None
+
+
+def id_of(data) -> str:
+    """The id of a record's JSON, "" where it has none that is a string or a whole number."""
+    value = data.get("id") if isinstance(data, dict) else None
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _parse(data: dict, id: str) -> Record:
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
-        raise ValueError(f"{where}: needs an object with a list `conversations`")
+        raise ValueError("needs an object with a list `conversations`")
+    for name in data:
+        _check_key(name)
+    if data.get("id") is not None and not id_of(data):
+        raise ValueError("`id` must be a string or a whole number")
     sentences = data["conversations"]
-    speakers = [s.get("from") if isinstance(s, dict) else None for s in sentences]
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise ValueError(f"{where}: `conversations` must alternate human, gpt; found {speakers}")
-    values = [s.get("value") for s in sentences]
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{where}: every sentence needs a string `value`")
-    other = [name for name in _OTHER_MEDIA if data.get(name) is not None]
-    if other:
-        raise ValueError(f"{where}: `{other[0]}` is not supported yet; only `video` is read")
-    video, kind = data.get("video"), data.get("kind", "")
-    if not isinstance(video, str | None) or not isinstance(kind, str):
-        raise ValueError(f"{where}: `video` and `kind` must be strings")
-    return Record(
-        id=str(data.get("id", where)),
-        turns=tuple(zip(values[::2], values[1::2], strict=True)),
-        video=video,
-        kind=kind,
-    )
+    if not all(
+        isinstance(s, dict) and isinstance(s.get("from"), str) and isinstance(s.get("value"), str)
+        for s in sentences
+    ):
+        raise ValueError("every sentence needs a string `from` and a string `value`")
+    try:
+        texts = [message["content"] for message in messages_from_llava(sentences)]
+    except TemplateError as error:
+        raise ValueError(str(error)) from None
+    words = {name: data.get(name) or "" for name in ("kind", "dataset")}
+    for name, value in words.items():
+        if not isinstance(value, str):
+            raise ValueError(f"`{name}` must be a string, not {value!r}")
+    turns, media = tuple(zip(texts[::2], texts[1::2], strict=True)), _media(data)
+    _check_placeholders(turns, media)
+    return Record(id, turns, media, **words)
+
+
+def _check_key(name: str):
+    if name in _NOT_YET:
+        raise ValueError(f"`{name}` is not supported yet; media are {' or '.join(MEDIA_KINDS)}")
+    if name not in KNOWN_KEYS:
+        meant = difflib.get_close_matches(name, KNOWN_KEYS, 1, _MISSPELT)
+        if meant:
+            raise ValueError(f"unknown key `{name}`; did you mean `{meant[0]}`?")
+
+
+def _media(data: dict) -> Media | None:
+    kinds = [name for name in MEDIA_KINDS if data.get(name) is not None]
+    if len(kinds) > 1:
+        raise ValueError(f"holds {' and '.join(kinds)}; a record is about one of them")
+    start, end = (_seconds(name, data.get(name)) for name in ("start", "end"))
+    kind = kinds[0] if kinds else None
+    source = data[kind] if kind else None
+    if (start is not None or end is not None) and not (kind == "video" and isinstance(source, str)):
+        raise ValueError("`start` and `end` are for a video that is one file")
+    if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
+        raise ValueError(
+            f"`start` {start} must not be negative, and `end` {end} must lie behind it"
+        )
+    if kind is None:
+        return None
+    if isinstance(source, list) and kind == "video":
+        if not source or not all(isinstance(path, str) and path for path in source):
+            raise ValueError("`video` must be a path or a list of paths of its frames")
+        source = tuple(source)
+    elif not isinstance(source, str) or not source:
+        frames = " or a list of paths of its frames" if kind == "video" else ""
+        raise ValueError(f"`{kind}` must be a path{frames}")
+    return Media(kind, source, start, end)
+
+
+def _seconds(name: str, value) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a number of seconds, not {value!r}")
+    return float(value)
+
+
+def _check_placeholders(turns, media: Media | None):
+    """One question holds the placeholder of the record's media, and no text any other.
+
+    A placeholder becomes slots for media tokens wherever it stands, so one too many or too few
+    cannot be trained on. (In the original, a record whose question lacks it is trained blind.)
+    """
+    own = f"<{media.kind}>" if media else None
+    holders = 0
+    for question, answer in turns:
+        for tag in PLACEHOLDERS:
+            if tag in answer:
+                raise ValueError(f"an answer holds the placeholder {tag}; take it out")
+            if tag in question and tag != own:
+                remedy = f"write {own}" if own else "name the media or take it out"
+                raise ValueError(f"a question holds {tag} but there is no such media; {remedy}")
+        holders += own is not None and own in question
+    if own and holders != 1:
+        raise ValueError(f"one question must hold {own}; {holders or 'none'} do")
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a JSON file that holds a list of them.
+    """All records of a small JSON file that holds a list of them, ids unique (`sources.py`: more).
 
     Raises:
       ValueError: naming the file, the record and what is wrong.
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(data, list):
         raise ValueError(f"{path}: must hold a list of records")
-    records = [parse_record(item, f"{path}, record {i}") for i, item in enumerate(data)]
+    records = [parse_record(item, path, i) for i, item in enumerate(data)]
     repeated = [id for id, n in collections.Counter(r.id for r in records).items() if n > 1]
     if repeated:
         raise ValueError(f"{path}: ids must be unique; these occur again: {', '.join(repeated)}")

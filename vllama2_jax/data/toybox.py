@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vllama2_jax.data.records import Record, write_records
+from vllama2_jax.data.records import Media, Record, write_records
 from vllama2_jax.data.toybox_questions import Question, ask_about
 from vllama2_jax.data.toybox_scenes import (
     FAMILIES,
@@ -108,7 +108,8 @@ def write_toybox(
             write_video(folder / video, video_frames(scene))
             for question in questions:
                 turn = (PLACEHOLDER + question.text, question.answer)
-                records.append(Record(f"{name}-{question.kind}", (turn,), video, question.kind))
+                media = Media("video", video)
+                records.append(Record(f"{name}-{question.kind}", (turn,), media, question.kind))
             done += 1
             if progress:
                 progress(done, total)

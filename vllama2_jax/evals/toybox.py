@@ -73,12 +73,12 @@ def evaluate_toybox(
     Raises:
       ValueError: for a record without a video, or of a kind that Toybox does not know.
     """
-    strange = [r.id for r in records if r.video is None or r.kind not in KINDS]
+    strange = [r.id for r in records if not _is_question(r)]
     if strange:
         raise ValueError(f"not questions of a Toybox: {', '.join(strange)}")
     rng = np.random.default_rng(seed)
     questions = [record.turns[0][0].removeprefix(PLACEHOLDER) for record in records]
-    paths = [Path(media_root) / record.video for record in records]
+    paths = [Path(media_root) / record.media.source for record in records]
     media = {"video": paths, "blind": [None] * len(records)}
     media["shuffled"] = [_shuffled(model, path, rng) for path in paths]
     hits = collections.defaultdict(list)
@@ -124,6 +124,11 @@ def score_table(scores: Sequence[Score]) -> Table:
             f"{100 * score.sigma:.1f}",
         )
     return table
+
+
+def _is_question(record: Record) -> bool:
+    video = record.media is not None and record.media.kind == "video"
+    return video and len(record.media.paths) == 1 and record.kind in KINDS
 
 
 def _shuffled(model, path: Path, rng) -> np.ndarray:

@@ -1,0 +1,127 @@
+"""Records -> the ids that a row holds, and how many slots they take."""
+
+import dataclasses
+
+import numpy as np
+
+from vllama2_jax.data.records import Record
+from vllama2_jax.text import (
+    ChatTemplate,
+    Example,
+    Supervised,
+    Tokenizer,
+    plain_example,
+    sft_example,
+    supervise,
+    truncate,
+)
+
+_STYLES = ("sft", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordFormat:
+    """How a record is said to the model.
+
+    Attributes:
+      tokenizer: its ids.
+      template: as in `text.render`; not used by "plain".
+      style: "sft", a conversation whose answers are supervised, or "plain", a caption of connector
+        pre-training (see `text.plain_example`).
+      media_tokens: slots of a clip.
+      max_tokens: ids are cut there, a placeholder counting as one (the original's
+        `model_max_length`), so that a row with a clip may be longer by its slots.
+      max_length: slots of the longest row; ids are also cut where they would not fit it.
+    """
+
+    tokenizer: Tokenizer
+    template: str | ChatTemplate
+    style: str
+    media_tokens: int
+    max_tokens: int
+    max_length: int
+
+    def __post_init__(self):
+        if self.style not in _STYLES:
+            raise ValueError(f"unknown style {self.style!r}; known: {', '.join(_STYLES)}")
+        if self.limit(1) < 2:
+            raise ValueError(
+                f"rows of {self.max_length} slots leave no room for text beside a clip of "
+                f"{self.media_tokens}; raise max_length"
+            )
+
+    def limit(self, clips: int) -> int:
+        """How many ids a record with so many media (0 or 1) may have."""
+        return min(self.max_tokens, self.max_length - clips * (self.media_tokens - 1))
+
+    def slots(self, text_tokens, clips) -> np.ndarray:
+        """Slots int64 [n] that records take, as `supervised` makes them.
+
+        Args:
+          text_tokens: int [n], ids without the placeholder, before anything is cut; below 0 is a
+            record that makes no example (one in quarantine is left out, see `Subset`).
+          clips: int [n], media of each, 0 or 1.
+        """
+        clips = np.asarray(clips, np.int64)
+        ids = np.maximum(np.asarray(text_tokens, np.int64), 0) + clips
+        limits = np.where(clips > 0, self.limit(1), self.limit(0))
+        return np.maximum(np.minimum(ids, limits), 1) + clips * (self.media_tokens - 1)
+
+    def example(self, record: Record) -> Example:
+        """The record's ids and what is supervised, before anything is cut.
+
+        Raises:
+          ValueError: if the record makes no example, saying why.
+        """
+        messages = record.messages()
+        if self.style == "plain":
+            return plain_example(messages, self.tokenizer)
+        return sft_example(messages, self.template, self.tokenizer)
+
+    def supervised(self, record: Record) -> Supervised:
+        """The record's arrays, cut to what a row may hold.
+
+        Raises:
+          ValueError: if the record makes no example, its placeholders and media do not pair up, or
+            the cut would lose its media or all that it teaches.
+        """
+        clips = 0 if record.media is None else 1
+        example = truncate(self.example(record), self.limit(clips))
+        # A list, since one number would let any number of placeholders pass.
+        return supervise(example, [self.media_tokens] * clips)
+
+
+class Subset:
+    """Some records of a source, such as those that are not in quarantine."""
+
+    def __init__(self, source, numbers):
+        """Keep the record numbers int [n] of a `sources.Source`, in this order."""
+        self._source, self._numbers = source, np.asarray(numbers, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> Record:
+        return self._source[int(self._numbers[number])]
+
+    def media_bytes(self, number: int) -> tuple[bytes, ...] | None:
+        """See `sources.Source`."""
+        return self._source.media_bytes(int(self._numbers[number]))
+
+
+def measure(source, record_format: RecordFormat) -> tuple[np.ndarray, np.ndarray]:
+    """Text tokens and media of every record of a source, for `RecordFormat.slots`: int32 [n] each.
+
+    A record that makes no example counts -1 tokens; the pipeline names it when its turn comes.
+    """
+    text_tokens = np.full(len(source), -1, np.int32)
+    clips = np.zeros(len(source), np.int32)
+    for number in range(len(source)):
+        try:
+            record = source[number]
+            ids = record_format.example(record).ids
+        except ValueError:
+            continue  # `Assembler` meets the same error, counts it and names the record
+        text_tokens[number] = sum(token >= 0 for token in ids)
+        clips[number] = record.media is not None
+    return text_tokens, clips

@@ -1,0 +1,89 @@
+"""Files of data, local or in a bucket (`gs://`)."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+from vllama2_jax.data.records import Media
+from vllama2_jax.media import MediaError
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is one of a bucket."""
+    return "://" in path
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's content, local or of a bucket.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    return _with_client(path, lambda: epath.Path(path).read_bytes())
+
+
+def _exists(path: str) -> bool:
+    return _with_client(path, lambda: epath.Path(path).exists())
+
+
+def _with_client(path: str, ask):
+    try:
+        return ask()
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: the bucket's client is missing ({error}); `pip install gcsfs` for gs://"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        # A client has its own errors: of credentials, of the network.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
+
+
+@contextlib.contextmanager
+def local_media(
+    source, number: int, media: Media, media_root: str | os.PathLike
+) -> Iterator[str | list[str]]:
+    """Media of a record as `media.load_clip` takes them: a local path, or a list of them.
+
+    What lies in the source or in a bucket is put into temporary files, gone afterwards; errors
+    about them name the file as the record does.
+
+    Args:
+      source: a `sources.Source`.
+      number: of the record.
+      media: of the record.
+      media_root: folder that paths are relative to, local or of a bucket; a source that holds its
+        media does not need it.
+
+    Raises:
+      MediaError: for a file of a bucket that is not there; and whatever the body raises.
+      ValueError: if the bucket's client is missing.
+    """
+    held, root = source.media_bytes(number), os.fspath(media_root)
+    if held is None and not is_remote(root):
+        places = [os.path.join(root, path) for path in media.paths]
+        yield places[0] if isinstance(media.source, str) else places
+        return
+    given = [p if held is not None else f"{root.rstrip('/')}/{p}" for p in media.paths]
+    with tempfile.TemporaryDirectory() as folder:
+        places = []
+        for i, path in enumerate(given):
+            if held is None and not _exists(path):
+                raise MediaError(path, "no such file", "check the path")
+            places.append(os.path.join(folder, f"{i}{os.path.splitext(path)[1]}"))
+            with open(places[-1], "wb") as file:
+                file.write(read_bytes(path) if held is None else held[i])
+        try:
+            yield places[0] if isinstance(media.source, str) else places
+        except MediaError as error:
+            if error.path not in places:
+                raise
+            name = given[places.index(error.path)]
+            raise MediaError(name, error.cause, error.remedy) from None

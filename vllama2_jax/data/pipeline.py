@@ -1,0 +1,131 @@
+"""Steps of a schedule -> batches of one host, read and decoded by Grain's workers."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+
+import grain
+from absl import flags
+
+from vllama2_jax.data.assemble import Assembler, Fault, HostBatch
+from vllama2_jax.data.schedule import Schedule
+
+_NAMED = 20  # faults that an error lists
+_SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
+
+
+class TooManyFaults(ValueError):
+    """More records cannot be read than the run allows; the message names them."""
+
+
+class Feed:
+    """One host's batches of a run, from any step on.
+
+    A checkpoint needs the number of the next step and nothing else.
+
+    Attributes:
+      faults: {(source, number): Fault} of the records met so far that cannot be read.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        assembler: Assembler,
+        *,
+        workers: int = 0,
+        buffer: int = 2,
+        max_faults: int = 100,
+    ):
+        """Set up, without reading anything.
+
+        Args:
+          schedule: the run's steps, the same on all hosts.
+          assembler: makes this host's batches.
+          workers: processes that read and decode, each with a decoder of its own; 0 is a thread
+            of this process. A script that uses them must guard its entry with `__main__`.
+          buffer: batches that each worker prepares ahead.
+          max_faults: distinct records of this host that may turn out unreadable, since the start
+            of this process.
+
+        Raises:
+          ValueError: if the hosts cannot share the rows of a step equally, or the assembler's clip
+            slots are not the schedule's.
+        """
+        if schedule.rows % assembler.hosts:
+            raise ValueError(
+                f"{schedule.rows} rows do not divide among {assembler.hosts} hosts; "
+                "make the batch a multiple of them"
+            )
+        if schedule.max_clips != assembler.max_clips:
+            raise ValueError(
+                f"the schedule plans {schedule.max_clips} clips per row, the assembler has slots "
+                f"for {assembler.max_clips}; give both the same"
+            )
+        self._schedule, self._assembler = schedule, assembler
+        self._workers, self._buffer, self._max_faults = workers, buffer, max_faults
+        self.faults: dict[tuple[int, int], Fault] = {}
+
+    def __len__(self) -> int:
+        return len(self._schedule)
+
+    def batches(self, start: int = 0) -> Iterator[HostBatch]:
+        """Batches of the steps from `start` to the last, in order.
+
+        Closing the generator ends its workers.
+
+        Raises:
+          TooManyFaults: naming the records, once there are more than allowed.
+          ValueError: for a start beyond the run's end, or too little shared memory for workers.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(
+                f"cannot start at step {start} of a run of {len(self)}; was its data changed?"
+            )
+        if start == len(self):
+            return
+        with contextlib.closing(self._iterate(start)) as iterator:
+            for batch in iterator:
+                self._count(batch.faults)
+                yield batch
+
+    def _iterate(self, start: int):
+        steps = grain.MapDataset.source(self._schedule)[start:].map(self._assembler)
+        # Grain's defaults, 16 threads and 500 elements ahead, are for records, not for batches;
+        # and one decoder per process leaves nothing for more threads to do.
+        if not self._workers:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._buffer)
+            return iter(steps.to_iter_dataset(options))
+        self._check_shared_memory()
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # outside absl's `app.run` Grain's own flags are unread
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        processes = grain.MultiprocessingOptions(self._workers, self._buffer)
+        return iter(steps.to_iter_dataset(options).mp_prefetch(processes))
+
+    def _check_shared_memory(self):
+        """Workers hand their arrays over in shared memory; one that finds none left just dies."""
+        maker = self._assembler
+        frames = self._schedule.rows // maker.hosts * maker.max_clips * maker.num_frames
+        # Per worker the buffered batches, the one in the making and the one in use.
+        needed = frames * 3 * maker.image_size**2 * self._workers * (self._buffer + 2)
+        try:
+            free = shutil.disk_usage(_SHARED_MEMORY).free
+        except OSError:
+            return  # not Linux: no such bound is known
+        if needed > free:
+            raise ValueError(
+                f"{self._workers} workers need {needed >> 20} MiB of shared memory and "
+                f"{_SHARED_MEMORY} has {free >> 20} MiB free; enlarge it (docker: --shm-size) or "
+                "take fewer workers"
+            )
+
+    def _count(self, faults: Sequence[Fault]):
+        for fault in faults:
+            self.faults.setdefault((fault.source, fault.number), fault)
+        if len(self.faults) > self._max_faults:
+            named = [f"{fault.record} ({fault.reason})" for fault in self.faults.values()]
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            raise TooManyFaults(
+                f"{len(named)} records cannot be read, {self._max_faults} are allowed: "
+                f"{'; '.join(named[:_NAMED])}{more}; mend or leave them out, or raise max_faults"
+            )
