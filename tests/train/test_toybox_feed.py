@@ -1,12 +1,14 @@
 """Batches of Toybox: packed rows whose supervised tokens are the answers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from vllama2_jax.data.toybox_tokenizer import VOCAB_SIZE, train_tokenizer
 from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import load_tokenizer
-from vllama2_jax.train.toybox_feed import ToyboxFeed, pack_rows
+from vllama2_jax.train.toybox_feed import ToyboxFeed
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +88,11 @@ def test_batches_are_a_function_of_seed_and_number(tokenizer, kind):
     assert (again.tokens != other.tokens).any()
 
 
-def test_first_example_must_fit_its_row(feed):
-    example = feed._text_example(np.random.default_rng(0))
-    with pytest.raises(ValueError, match="does not fit"):
-        pack_rows([[example]], 8)
-    packed = pack_rows([[example] * 3], 2 * len(example.tokens) + 1)
-    assert packed["segment_ids"].max() == 2
+def test_first_example_must_fit_its_row_and_others_are_left_out(feed):
+    with pytest.raises(ValueError, match="do not fit a row of 8"):
+        next(dataclasses.replace(feed, length=8).text())
+    wide, narrow = (next(dataclasses.replace(feed, length=n).text()) for n in (512, 128))
+    for row in range(feed.rows):
+        whole = wide.tokens[row][wide.segment_ids[row] == 1]
+        np.testing.assert_array_equal(narrow.tokens[row][narrow.segment_ids[row] == 1], whole)
+    assert wide.segment_ids.max() == 4 > narrow.segment_ids.max() >= 1

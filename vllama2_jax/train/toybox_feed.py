@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vllama2_jax.data.collate import pack_rows
 from vllama2_jax.data.toybox_questions import Question, ask_about, describe
 from vllama2_jax.data.toybox_scenes import MOMENTS, Scene, render, sample_scene
 from vllama2_jax.models.vllama2 import Batch
@@ -55,9 +56,7 @@ class ToyboxFeed:
             examples = [
                 [self._text_example(rng) for _ in range(_TEXT_PER_ROW)] for _ in range(self.rows)
             ]
-            yield Batch(
-                frames=None, clip_frames=None, clip_mask=None, **pack_rows(examples, self.length)
-            )
+            yield Batch(frames=None, clip_frames=None, clip_mask=None, **self._pack(examples))
             number += 1
 
     def clips(self) -> Iterator[Batch]:
@@ -81,9 +80,14 @@ class ToyboxFeed:
                 frames=np.stack(frames),
                 clip_frames=clip_frames,
                 clip_mask=np.ones((self.rows, 1), bool),
-                **pack_rows(examples, self.length),
+                **self._pack(examples),
             )
             number += 1
+
+    def _pack(self, rows: list[list[Supervised]]) -> dict[str, np.ndarray]:
+        """The text arrays of a batch."""
+        kept = [_fitting(examples, self.length) for examples in rows]
+        return pack_rows(kept, self.length, self.media_tokens)
 
     def _clip_example(self, scene: Scene, rng) -> Supervised:
         return self._example("<video>\n", _tell_or_ask(scene, rng), self.media_tokens)
@@ -109,37 +113,14 @@ class ToyboxFeed:
         return supervise(sft_example(messages, TEMPLATE, self.tokenizer), media_tokens)
 
 
-def pack_rows(rows: list[list[Supervised]], length: int) -> dict[str, np.ndarray]:
-    """The text arrays of a `Batch`: each row's examples one after the other, segments from 1 on.
-
-    Args:
-      rows: examples of each row; only the first of a row may hold media.
-      length: of a row; an example that no longer fits is left out, but the first must fit.
-
-    Raises:
-      ValueError: if a row's first example is longer than the row.
-    """
-    shape = (len(rows), length)
-    out = {
-        name: np.zeros(shape, np.int32)
-        for name in ("tokens", "positions", "segment_ids", "targets")
-    }
-    out["media_index"] = np.full(shape, -1, np.int32)
-    out["target_weights"] = np.zeros(shape, np.float32)
-    for i, examples in enumerate(rows):
-        begin = 0
-        for segment, example in enumerate(examples, start=1):
-            end = begin + len(example.tokens)
-            if end > length:
-                if segment == 1:
-                    raise ValueError(f"an example of {end} tokens does not fit a row of {length}")
-                continue
-            for name in ("tokens", "targets", "target_weights", "media_index"):
-                out[name][i, begin:end] = getattr(example, name)
-            out["positions"][i, begin:end] = np.arange(end - begin)
-            out["segment_ids"][i, begin:end] = segment
-            begin = end
-    return out
+def _fitting(examples: list[Supervised], length: int) -> list[Supervised]:
+    """The first example, and of the others those that a row still has room for."""
+    kept, room = [], length
+    for example in examples:
+        if not kept or len(example.tokens) <= room:
+            kept.append(example)
+            room -= len(example.tokens)
+    return kept
 
 
 def _tell_or_ask(scene: Scene, rng) -> list[Question]:
