@@ -15,10 +15,10 @@ def step(state, frozen, batch):
     return state.replace(step=state.step + 1), {"loss": batch, "grad_norm": frozen["norm"]}
 
 
-def run(batches, num_steps, log=None):
-    state = TrainState(jnp.zeros((), jnp.int32), {}, None)
-    frozen = {"norm": jnp.float32(2)}
-    return run_steps(step, state, frozen, batches, label="test", num_steps=num_steps, log=log)
+def run(batches, num_steps, log=None, taken=0, norm=2.0, **kwargs):
+    state = TrainState(jnp.full((), taken, jnp.int32), {}, None)
+    options = dict(label="test", num_steps=num_steps, log=log, **kwargs)
+    return run_steps(step, state, {"norm": jnp.float32(norm)}, batches, **options)
 
 
 def prefetching():
@@ -54,7 +54,7 @@ def test_every_step_is_logged_with_its_number_and_metrics():
 
 
 def test_run_stops_when_batches_run_out():
-    with pytest.raises(ValueError, match="test: the batches ran out before step 3"):
+    with pytest.raises(ValueError, match="test: the batches ran out before step 2 of 3"):
         run([jnp.float32(1)], 3)
 
 
@@ -64,6 +64,26 @@ def test_run_stops_at_a_loss_that_is_not_finite(bad):
     with pytest.raises(FloatingPointError, match="at step 2"):
         run([jnp.float32(1), jnp.float32(bad), jnp.float32(1)], 3, history.append)
     assert [record["step"] for record in history] == [1]
+
+
+def test_error_of_a_bad_batch_names_step_and_records():
+    asked = []
+
+    def names(number):
+        asked.append(number)
+        return [f"clips.json#{number}", "clips.json#0"]
+
+    batches = [jnp.float32(1), jnp.float32("nan")]
+    with pytest.raises(FloatingPointError) as caught:
+        run(batches, 2, taken=6, names=names)
+    message = str(caught.value)
+    assert "test: loss nan at step 8 of records clips.json#8, clips.json#0" in message
+    assert "\n" not in message and asked == [8]
+
+
+def test_run_stops_at_a_gradient_that_is_not_finite():
+    with pytest.raises(FloatingPointError, match="grad_norm inf at step 1"):
+        run([jnp.float32(1)], 1, norm=float("inf"))
 
 
 def test_finished_run_leaves_no_thread_and_closes_its_batches():

@@ -1,11 +1,12 @@
 """Run a step over batches, with a bar that shows how it goes."""
 
 import contextlib
+import math
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import jax
 from rich.console import Console
@@ -23,6 +24,7 @@ def run_steps(
     label: str,
     num_steps: int,
     log: Callable[[dict], None] | None = None,
+    names: Callable[[int], Sequence[str]] | None = None,
 ) -> TrainState:
     """Take `num_steps` steps.
 
@@ -33,16 +35,20 @@ def run_steps(
       batches: at least `num_steps` of them; consumed, and a generator is closed.
       label: what the bar says.
       num_steps: how many to take.
-      log: called after each step with {"step", "loss", "grad_norm", "seconds"}, numbers.
+      log: called after each step with {"step", "seconds", and the step's metrics}, numbers.
+      names: step -> the ids of its batch's records, asked only when that step fails. Steps count as
+        in `log`: the batch that makes `state.step` 1 is step 1's.
 
     Returns:
       The state behind the last step.
 
     Raises:
-      FloatingPointError: as soon as a loss is not finite.
+      FloatingPointError: as soon as a loss or gradient is not finite, naming step and records.
       ValueError: if the batches run out.
     """
     console = Console(file=sys.stderr)
+    taken = int(state.step)
+    last = taken + num_steps
     source = prefetch(iter(batches))
     # However the run ends, the thread that prepares its batches ends with it.
     with (
@@ -58,20 +64,29 @@ def run_steps(
         ) as bar,
     ):
         task = bar.add_task(label, total=num_steps, loss=float("nan"))
-        for _ in range(num_steps):
+        for number in range(taken + 1, last + 1):
             start = time.perf_counter()
             batch = next(source, None)
             if batch is None:
-                raise ValueError(f"{label}: the batches ran out before step {num_steps}")
+                raise ValueError(f"{label}: the batches ran out before step {number} of {last}")
             state, metrics = step(state, frozen, batch)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            number = int(state.step)
-            if not abs(metrics["loss"]) < float("inf"):
-                raise FloatingPointError(f"{label}: loss {metrics['loss']} at step {number}")
+            _check_finite(metrics, label, number, names)
             bar.update(task, advance=1, loss=metrics["loss"])
             if log:
                 log({"step": number, **metrics, "seconds": time.perf_counter() - start})
     return state
+
+
+def _check_finite(metrics, label: str, number: int, names) -> None:
+    """Stop at the first step whose loss or gradient is not a number."""
+    bad = [f"{k} {metrics[k]}" for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])]
+    if bad:
+        records = f" of records {', '.join(names(number))}" if names else ""
+        raise FloatingPointError(
+            f"{label}: {' and '.join(bad)} at step {number}{records}; look at those records, or "
+            "train from the last checkpoint with a lower learning rate"
+        )
 
 
 def prefetch(batches: Iterator, depth: int = 2) -> Generator:

@@ -28,8 +28,9 @@ from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 from vllama2_jax.train import schooling
 from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.loop import run_steps
+from vllama2_jax.train.loss import batch_loss
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
-from vllama2_jax.train.step import batch_loss, init_state, make_step
+from vllama2_jax.train.step import init_state, make_step
 from vllama2_jax.train.toybox_feed import TEMPLATE, ToyboxFeed
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, parameter_table, partition
 
@@ -172,7 +173,7 @@ def new_heads(config: VLlama2Config, task: str, seed: int) -> dict:
 def make_task(
     config: VLlama2Config, stage: Stage, tokenizer: Tokenizer, seed: int
 ) -> tuple[Callable, Iterator]:
-    """The loss (params, batch) -> scalar of a stage, and its endless batches."""
+    """The loss of a stage, as `make_step` takes it, and its endless batches."""
     if stage.task == "tower":
         batches = schooling.picture_batches(config, stage.rows, seed)
         return functools.partial(schooling.tower_loss, config), batches

@@ -27,7 +27,7 @@ from vllama2_jax.data.toybox_scenes import (
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vit import VisionTower, normalise
 from vllama2_jax.models.vllama2 import VLlama2
-from vllama2_jax.train.step import cross_entropy
+from vllama2_jax.train.loss import cross_entropy
 from vllama2_jax.train.toybox_feed import noisy, training_scene
 
 # One more class each for the background.

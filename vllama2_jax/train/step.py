@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vllama2_jax.models.vllama2 import Batch, VLlama2
+from vllama2_jax.train.loss import LossSums, reciprocal
 from vllama2_jax.train.trainable import combine
+
+AVERAGES = ("tokens", "micro_batches")
 
 
 @flax.struct.dataclass
@@ -18,7 +20,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken.
-      trainable: {path: array}, the master copies of what trains.
+      trainable: {path: float32 array}, the master copies of what trains.
       optimizer: the optimizer's state; it covers `trainable` and nothing else.
     """
 
@@ -28,67 +30,138 @@ class TrainState:
 
 
 def init_state(trainable: dict[str, jax.Array], optimizer) -> TrainState:
-    """State before the first step; the arrays are copied, since a step consumes its state."""
-    trainable = jax.tree.map(jnp.array, trainable)
+    """State before the first step.
+
+    The arrays are copied, since a step consumes its state, and widened to float32: in bfloat16 an
+    update of less than 1/512 of a parameter would be rounded away, and learning rates are smaller.
+    """
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
-def cross_entropy(
-    logits: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of -log p(target), and the sum of weights, both float32 scalars.
+def loss_and_gradients(
+    loss: Callable,
+    trainable: dict,
+    frozen: dict,
+    batch,
+    *,
+    micro_batches: int = 1,
+    average: str = "tokens",
+    compute_dtype=None,
+) -> tuple[LossSums, dict[str, jax.Array]]:
+    """(mean loss, {path: float32 gradient of it}); what is frozen is not differentiated.
 
     Args:
-      logits: float [..., V]; the softmax runs in float32.
-      targets: int32 [...].
-      weights: float32 [...]; 0 leaves a slot out.
+      loss, micro_batches, average, compute_dtype: of `make_step`.
+      trainable, frozen: of `partition`.
+      batch: arrays [B, ...].
+
+    Raises:
+      ValueError: for rows that do not split, or an unknown `average`.
     """
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    return (losses * weights).sum(), weights.sum()
+    if average not in AVERAGES:
+        raise ValueError(f"unknown average {average!r}; known: {', '.join(AVERAGES)}")
+    if compute_dtype is not None:
+        trainable = {path: leaf.astype(compute_dtype) for path, leaf in trainable.items()}
 
+    def objective(trainable, part):
+        sums = loss(combine(trainable, frozen), part)
+        if not isinstance(sums, LossSums):  # a mean of its own kind
+            sums = LossSums(sums, jnp.ones(()))
+        if average == "micro_batches":
+            sums = sums.mean()
+        return sums.total, sums
 
-def batch_loss(model: VLlama2, params, batch: Batch) -> jax.Array:
-    """Mean cross entropy over the supervised tokens of the whole batch, float32.
+    def evaluate(part):
+        gradients, sums = jax.grad(objective, has_aux=True)(trainable, part)
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
 
-    A batch whose `frames` are None is text alone: tower and connector do not run.
-    """
-    if batch.frames is None:
-        rows = (batch.tokens, batch.positions, batch.segment_ids)
-        hidden, _ = model.apply({"params": params}, *rows, method="decode")
+    if micro_batches == 1:
+        sums, gradients = evaluate(batch)
     else:
-        hidden = model.apply({"params": params}, batch)
-    logits = model.apply({"params": params}, hidden, method="logits")
-    total, count = cross_entropy(logits, batch.targets, batch.target_weights)
-    # A batch may hold nothing to learn (only bad files); its loss is 0, not NaN.
-    return total / jnp.maximum(count, 1e-6)
+        parts = _split(batch, micro_batches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(evaluate, first))
+        (sums, gradients), _ = jax.lax.scan(
+            lambda so_far, part: (jax.tree.map(jnp.add, so_far, evaluate(part)), None), zeros, parts
+        )
+    scale = reciprocal(sums.weight)
+    return sums.mean(), {path: gradient * scale for path, gradient in gradients.items()}
 
 
-def loss_and_gradients(loss: Callable, trainable: dict, frozen: dict, batch):
-    """(loss, {path: gradient}) of `loss(params, batch)`; what is frozen is not differentiated."""
-    return jax.value_and_grad(lambda t: loss(combine(t, frozen), batch))(trainable)
+def _split(batch, count: int):
+    """Arrays [B, ...] as [count, B / count, ...]; neighbouring rows go to different micro-batches.
+
+    So each device's rows, which are neighbours, are spread over all micro-batches and stay there.
+    """
+
+    def split(x):
+        if count < 1 or x.shape[0] % count:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows cannot be split into {count} equal micro-batches; "
+                "choose a number that divides it"
+            )
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
 
 
 def make_step(
-    loss: Callable, optimizer: optax.GradientTransformation
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    average: str = "tokens",
+    compute_dtype=None,
 ) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `step(state, frozen, batch) -> (state, metrics)`.
 
     The state is donated: use the returned one. The frozen parameters are an argument, so that they
-    are neither copied nor baked into the program. Metrics are float32 scalars: `loss` and
-    `grad_norm` (before clipping).
+    are neither copied nor baked into the program; they may be bfloat16. Where loss or gradient is
+    not finite, the returned state is the given one: what was learnt so far survives a bad batch.
+
+    Metrics are float32 scalars: `loss`, its parts and counts (see `batch_loss`), `grad_norm` of all
+    that trains (before clipping), and `grad_norm/<part>` of each top-level part of the network.
 
     Args:
-      loss: (params, batch) -> scalar, for example `functools.partial(batch_loss, model)`.
+      loss: (params, batch) -> `LossSums`, for example `functools.partial(batch_loss, model)`; or a
+        scalar, which then weighs 1.
       optimizer: of `make_optimizer`.
+      micro_batches: parts of a batch that are computed one after the other, to save memory.
+      average: "tokens" divides the sum of all losses by the sum of all weights, so that the result
+        is that of the batch in one piece. "micro_batches" is the original's (Hugging Face's Trainer
+        before version 4.46): the mean of the micro-batches' means, in which a token counts more
+        among few; micro-batches with nothing to learn, NaN there, are left out.
+      compute_dtype: what trains is cast to it once a step; None computes with the float32 masters.
+        Activations have the model's own `dtype`.
     """
 
     def step(state: TrainState, frozen: dict, batch):
-        value, gradients = loss_and_gradients(loss, state.trainable, frozen, batch)
+        sums, gradients = loss_and_gradients(
+            loss,
+            state.trainable,
+            frozen,
+            batch,
+            micro_batches=micro_batches,
+            average=average,
+            compute_dtype=compute_dtype,
+        )
+        metrics = {"loss": sums.total, **sums.parts, **sums.counts, **_norms(gradients)}
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
         trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+        new = TrainState(state.step + 1, trainable, optimizer_state)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _norms(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """`grad_norm` of everything, and `grad_norm/<part>` of each top-level part."""
+    parts: dict[str, list[jax.Array]] = {}
+    for path, gradient in gradients.items():
+        parts.setdefault(path.split("/", 1)[0], []).append(gradient)
+    return {
+        "grad_norm": optax.tree.norm(gradients),
+        **{f"grad_norm/{part}": optax.tree.norm(leaves) for part, leaves in parts.items()},
+    }

@@ -1,0 +1,221 @@
+"""What training minimises, as sums over tokens, so that the parts of a batch add up to the whole.
+
+The float32 logits of a row are its largest array by far: 4 rows of 2,048 slots over Qwen2's 152,064
+ids take 5 GB, and their gradient as much again. `chunked_cross_entropy` never holds them whole.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vllama2_jax.models.moe import load_balancing_loss
+from vllama2_jax.models.vllama2 import Batch, VLlama2
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is added to the cross entropy, and how it is computed; the defaults are the original's.
+
+    Attributes:
+      chunk: slots of every row whose logits stand in memory at a time; None takes rows whole.
+      z_loss: coefficient of (log Z)^2, Z being the softmax's denominator (PaLM, section 5: 1e-4).
+      load_balancing: coefficient of `moe.load_balancing_loss`. Mixtral-8x7B-Instruct-v0.1 names
+        0.02 in its config.json, but the original never adds it.
+    """
+
+    chunk: int | None = 256
+    z_loss: float = 0.0
+    load_balancing: float = 0.0
+
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk {self.chunk} must be at least 1 slot, or None for whole rows")
+        for name in ("z_loss", "load_balancing"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative; 0 is off")
+
+
+@flax.struct.dataclass
+class LossSums:
+    """The loss of some rows; those of two halves of a batch add up to the whole batch's.
+
+    Attributes:
+      total: float32 scalar, the sum over tokens of weight times loss; what is differentiated.
+      weight: float32 scalar, the sum of the weights; `mean` divides by it.
+      parts: {name: float32 scalar}, what `total` is made of, summed like it.
+      counts: {name: float32 scalar}, of tokens.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    parts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    counts: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def mean(self) -> "LossSums":
+        """`total` and `parts` per unit of weight, `weight` 1; all 0 where nothing weighs anything.
+
+        A batch may hold nothing to learn (only bad files): its loss is 0, not NaN.
+        """
+        scale = reciprocal(self.weight)
+        return LossSums(
+            total=self.total * scale,
+            weight=jnp.sign(self.weight),
+            parts={name: value * scale for name, value in self.parts.items()},
+            counts=self.counts,
+        )
+
+
+def reciprocal(weight: jax.Array) -> jax.Array:
+    """1 / weight, and 0 for a weight of 0."""
+    return jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0.0)
+
+
+def cross_entropy(
+    logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of -log p(target), and the sum of weights, both float32 scalars.
+
+    Args:
+      logits: float [..., V]; the softmax runs in float32.
+      targets: int32 [...]; anything where the weight is 0.
+      weights: float32 [...]; 0 leaves a slot out.
+    """
+    return _sums(logits, targets, weights)[0], weights.sum()
+
+
+def _sums(logits, targets, weights) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of -log p(target) and of (log Z)^2."""
+    logits = logits.astype(jnp.float32)
+    # An id outside of the vocabulary gives NaN, which counts only where there is a weight.
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    losses = jnp.where(weights > 0, log_z - picked, 0.0)
+    squares = jnp.where(weights > 0, log_z, 0.0) ** 2
+    return (losses * weights).sum(), (squares * weights).sum()
+
+
+def chunked_cross_entropy(
+    project: Callable[[dict, jax.Array], jax.Array],
+    head: dict,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of hidden states, projected to logits a chunk of slots at a time.
+
+    A chunk is `chunk` slots of every row, so that rows may lie on different devices. Its logits are
+    computed again in the backward pass. Chunks without a supervised slot, as those of a video are,
+    are never projected. The head's gradients add up in float32, however it is stored.
+
+    Args:
+      project: (head, [B, chunk, W]) -> logits [B, chunk, V].
+      head: the parameters of the projection, whose gradients are wanted.
+      hidden: [B, L, W].
+      targets: int32 [B, L].
+      weights: float32 [B, L].
+      chunk: slots; with None, or where L is no more, rows are projected whole.
+
+    Returns:
+      Float32 scalars: the weighted sums of -log p(target) and of (log Z)^2.
+    """
+    length = hidden.shape[1]
+    if chunk is None or length <= chunk:
+        return _sums(project(head, hidden), targets, weights)
+    count = -(-length // chunk)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    # Reverse-mode scan adds the gradient of what it closes over in that array's own dtype.
+    wide = jax.tree.map(_widened, head)
+    dtypes = jax.tree.map(lambda x: x.dtype, head)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chunk_sums(wide, hidden, targets, weights):
+        narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), wide, dtypes)
+        return jax.lax.cond(
+            (weights > 0).any(),
+            lambda: _sums(project(narrow, hidden), targets, weights),
+            lambda: (jnp.zeros(()), jnp.zeros(())),
+        )
+
+    def body(sums, part):
+        return jax.tree.map(jnp.add, sums, chunk_sums(wide, *part)), None
+
+    start = (jnp.zeros(()), jnp.zeros(()))
+    return jax.lax.scan(body, start, (split(hidden), split(targets), split(weights)))[0]
+
+
+def _widened(x):
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+
+
+_ENTROPY_ALONE = LossConfig()
+
+
+def batch_loss(
+    model: VLlama2, params: dict, batch: Batch, config: LossConfig = _ENTROPY_ALONE
+) -> LossSums:
+    """Cross entropy over the supervised tokens of a batch, and what `config` adds to it.
+
+    A batch whose `frames` are None is text alone: tower and connector do not run.
+
+    Args:
+      model: the network.
+      params: all of its parameters, nested.
+      batch: with `targets` and `target_weights`.
+      config: see there.
+
+    Returns:
+      Sums weighted by `target_weights`. `parts` names cross_entropy, z_loss and load_balancing
+      (without their coefficients) as far as they are on; `counts` the slots that are not padding
+      (`tokens`) and those of them that are learnt (`supervised_tokens`).
+
+    Raises:
+      ValueError: for `load_balancing` and a decoder without experts.
+    """
+    variables = {"params": params}
+    media, media_index = None, None
+    if batch.frames is not None:
+        clips = (batch.frames, batch.clip_frames, batch.clip_mask)
+        media = model.apply(variables, *clips, method="encode")
+        media_index = batch.media_index
+    hidden, _, *router_logits = model.apply(
+        variables,
+        *(batch.tokens, batch.positions, batch.segment_ids, media, media_index),
+        with_router_logits=config.load_balancing > 0,
+        method="decode",
+    )
+    name = "embed_tokens" if model.config.decoder.tie_embeddings else "lm_head"
+    weights = batch.target_weights
+    entropy, squares = chunked_cross_entropy(
+        lambda head, rows: model.apply({"params": {"decoder": head}}, rows, method="logits"),
+        {name: params["decoder"][name]},
+        hidden,
+        batch.targets,
+        weights,
+        config.chunk,
+    )
+    weight, attended = weights.sum(), batch.segment_ids > 0
+    total, parts = entropy, {"cross_entropy": entropy}
+    if config.z_loss:
+        parts["z_loss"] = squares
+        total += config.z_loss * squares
+    if config.load_balancing:
+        # Rows of padding alone have no mean; their weight is 0, but 0 times NaN is NaN.
+        counted = attended | ~attended.any()
+        balance = load_balancing_loss(router_logits[0], model.config.decoder.top_k, counted)
+        parts["load_balancing"] = balance * weight
+        total += config.load_balancing * balance * weight
+    counts = {"tokens": attended, "supervised_tokens": weights > 0}
+    return LossSums(
+        total, weight, parts, {name: x.sum(dtype=jnp.float32) for name, x in counts.items()}
+    )
