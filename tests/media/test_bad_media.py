@@ -211,7 +211,8 @@ def test_a_strip_that_grows_beyond_the_limit_when_resized_is_refused(tmp_path, k
 
 def test_a_low_limit_does_not_refuse_what_the_tower_needs():
     frames = pictures(1, width=96, height=24)
-    load_clip(frames, spec=CLIP_336, num_frames=1, limits=Limits(max_pixels=96 * 24))
+    clip = load_clip(frames, spec=CLIP_336, num_frames=1, limits=Limits(max_pixels=96 * 24))
+    assert clip.frames.shape == (1, 336, 336, 3)
 
 
 def test_too_many_bytes(video):

@@ -45,7 +45,7 @@ def plan_window(
     """Plan the steps over one window of the stream.
 
     With packing, records are put best-fit, longest first, into rows of `max_length`, which are then
-    dealt to steps at random (100,000 records in 0.4 s on one core). Without, each record is a row,
+    dealt to steps at random. Without, each record is a row,
     and rows of like length share a step.
     The steps of a window come in random order.
 

@@ -91,10 +91,10 @@ class Decoding:
         """Take a new state over, and what the host needs of it in one transfer."""
         self.state = state
         # Copies: the state's own buffers are given to the next call of the decode loop.
-        self._done, self._lengths, self._tokens = map(
-            np.array, jax.device_get((state.done, state.lengths, state.tokens))
+        count, self._done, self._lengths, self._tokens = map(
+            np.array, jax.device_get((state.count, state.done, state.lengths, state.tokens))
         )
-        self.count = int(state.count)
+        self.count = int(count)
 
     def _make_room(self, room: int) -> None:
         more = room - self.state.tokens.shape[1]
