@@ -11,10 +11,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 COMMA := ,
 STAMP := $(VENV)/.env$(if $(EXTRAS),-$(subst $(COMMA),-,$(EXTRAS)))
 
+# tensorflow-io's own environment (docs/tfio.md): no Python above 3.12 has a build of it, and on x86
+# TensorFlow is smaller without CUDA.
+TFIO := .venv-tfio
+TFIO_PYTHON ?= $(shell for p in $(PYTHON) python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+TFIO_EXTRA := $(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow)
+
 # Memory in huge pages: training and tests on a CPU are a third faster (docs/results/cpu.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help env dev demo test test-all lint format tiny clean
+.PHONY: help env dev tfio demo test test-all lint format tiny clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -39,6 +46,17 @@ $(VENV)/.dev: $(STAMP)
 	$(PIP) --no-deps --upgrade --target $(VENV)/oracle timm torchvision mistral-common
 	@touch $@
 
+tfio: $(TFIO)/.env  ## make .venv-tfio, which reads TFRecords for `vllama2 data ingest` (1.5 GB)
+$(TFIO)/.env: constraints-tfio.txt
+	@$(or $(TFIO_PYTHON),false) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+		echo "tensorflow-io needs Python 3.11 or 3.12; install one of them or set TFIO_PYTHON=..."; exit 2; }
+	@echo "Making $(TFIO) with $$($(TFIO_PYTHON) --version) ..."
+	@$(TFIO_PYTHON) -m venv --clear $(TFIO) || { rm -rf $(TFIO); \
+		echo "This Python cannot make environments; install its venv module (Debian: apt install python3-venv)"; exit 2; }
+	$(TFIO)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-tfio.txt \
+		'tensorflow-io[$(TFIO_EXTRA)]' array_record 'etils[epath]' pillow
+	@touch $@
+
 demo: $(STAMP)  ## ask the embedded model about a video that it has never seen
 	$(BIN)/python -m vllama2_jax.demo --out demo
 
@@ -53,11 +71,11 @@ format: $(VENV)/.dev  ## format and mend what ruff can
 test: lint  ## lint and all tests but the heavy ones
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-all: lint  ## every test
+test-all: lint tfio  ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 tiny: $(STAMP)  ## train the embedded model again (13 minutes on 2 cores)
 	$(BIN)/vllama2 train --config=config:tiny --out runs/tiny
 
 clean:  ## remove the environment and everything made
-	rm -rf $(VENV) build dist *.egg-info runs demo
+	rm -rf $(VENV) $(TFIO) build dist *.egg-info runs demo

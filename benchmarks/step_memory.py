@@ -78,7 +78,7 @@ def compiled_step(config, rules, batch, chunk):
     assigned = assign_rules(rules, abstract_params(config))
     trainable, frozen = partition(abstract_params(config), assigned)
     frozen = {path: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for path, x in frozen.items()}
-    optimizer = make_optimizer(OptimizerConfig(2e-5, 100, 3), assigned)
+    optimizer = make_optimizer(OptimizerConfig(2e-5), 100, assigned)
     model = VLlama2(config, dtype=jnp.bfloat16, remat="full")
     loss = functools.partial(batch_loss, model, config=LossConfig(chunk=chunk))
     step = make_step(loss, optimizer, compute_dtype=jnp.bfloat16)

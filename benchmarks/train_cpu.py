@@ -1,4 +1,4 @@
-"""Seconds per training step of `tiny` on this CPU, stage by stage.
+"""Seconds per training step of `tiny` on this CPU: its schooling, and its two recipes.
 
     python benchmarks/train_cpu.py [--repeats 12]
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train_cpu.py
@@ -12,7 +12,6 @@ import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -20,26 +19,48 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from vllama2_jax.data.toybox_tokenizer import train_tokenizer
+from vllama2_jax.configs import build, parse
 from vllama2_jax.text import load_tokenizer
-from vllama2_jax.train.initial import initial_params
+from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.optimizer import make_optimizer
-from vllama2_jax.train.recipes import RECIPES, make_task, new_heads
+from vllama2_jax.train.run import make_run_step
+from vllama2_jax.train.schooling import LESSONS, begin_lesson, make_task
+from vllama2_jax.train.start import prepare
 from vllama2_jax.train.step import init_state, make_step
-from vllama2_jax.train.trainable import assign_rules, partition
+from vllama2_jax.weights import TINY, float_dtype, read
 
 _BATCHES = 4  # made before the clock starts
+_RECIPES = ("tiny_video_pretrain", "tiny_video_sft")
 
 
-def seconds_per_step(recipe, stage, tokenizer, repeats):
+def lesson(lesson, params, card, tokenizer, folder):
+    """(step, state, frozen, batches) of a lesson."""
+    state, frozen, optimizer = begin_lesson(lesson, params, card.config, 0)
+    loss, batches = make_task(lesson, card, tokenizer, 0, folder)
+    return make_step(loss, optimizer), state, frozen, batches
+
+
+def recipe(config, params, card, tokenizer, folder):
+    """(step, state, frozen, batches) of a recipe."""
+    dtype = float_dtype(config.dtype)
+    trainable, frozen, assigned = prepare(params, config.rules, dtype, config.seed)
+    optimizer = make_optimizer(config.optimizer, 1000, assigned)
+    feeding = make_feeding(
+        config.data,
+        card,
+        tokenizer,
+        rows=config.rows,
+        seed=0,
+        index_folder=folder,
+        steps=_BATCHES,
+    )
+    step = make_run_step(config, card, feeding, optimizer)
+    return step, init_state(trainable, optimizer), frozen, feeding.batches(0)
+
+
+def seconds_per_step(step, state, frozen, batches, repeats):
     """Seconds of each of `repeats` steps, behind one that compiles."""
-    params = initial_params(recipe.config, 0) | new_heads(recipe.config, stage.task, 0)
-    assigned = assign_rules(stage.rules, params)
-    trainable, frozen = partition(params, assigned)
-    optimizer = make_optimizer(stage.optimizer, assigned)
-    loss, batches = make_task(recipe.config, stage, tokenizer, 0)
     batches = list(itertools.islice(batches, _BATCHES))
-    step, state = make_step(loss, optimizer), init_state(trainable, optimizer)
     state, _ = step(state, frozen, batches[0])
     seconds = []
     for batch, _ in zip(itertools.cycle(batches), range(repeats), strict=False):
@@ -54,16 +75,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=12)
     options = parser.parse_args()
-    recipe = RECIPES["tiny"]
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(Path(folder) / "tokenizer.model")
-        tokenizer = load_tokenizer(folder)
-        table = Table("stage", "rows", "median s", "min", "max", "rows / s", title="tiny, one step")
-        for stage in recipe.stages:
-            seconds = seconds_per_step(recipe, stage, tokenizer, options.repeats)
+    params, card, folder = read(TINY, "float32", scan_layers=True)
+    tokenizer = load_tokenizer(folder)
+    table = Table("stage", "rows", "median s", "min", "max", "rows / s", title="tiny, one step")
+    configs = [build(parse([f"config:{name}"])) for name in _RECIPES]
+    stages = [(part.part, lesson, part) for part in LESSONS]
+    stages += [(config.name, recipe, config) for config in configs]
+    with tempfile.TemporaryDirectory() as index:
+        for name, make, stage in stages:
+            made = make(stage, params, card, tokenizer, index)
+            seconds = seconds_per_step(*made, options.repeats)
             median = statistics.median(seconds)
             figures = (f"{v:.3f}" for v in (median, min(seconds), max(seconds)))
-            table.add_row(stage.task, str(stage.rows), *figures, f"{stage.rows / median:.0f}")
+            table.add_row(name, str(stage.rows), *figures, f"{stage.rows / median:.0f}")
     console = Console()
     console.print(
         f"{len(os.sched_getaffinity(0))} threads; jax {jax.__version__}; "

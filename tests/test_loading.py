@@ -1,7 +1,6 @@
 """A model's name leads to its own files and to no others."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import vllama2_jax as vl
-from vllama2_jax import loading
+from vllama2_jax import weights
 from vllama2_jax.checkpoints import CheckpointError
 from vllama2_jax.checkpoints.store import flatten
 from vllama2_jax.media.preset import PAPER, REFERENCE
@@ -28,7 +27,7 @@ def fetched(monkeypatch, tmp_path):
         names.append(str(name))
         return tmp_path
 
-    monkeypatch.setattr(loading, "resolve", resolve)
+    monkeypatch.setattr(weights, "resolve", resolve)
     return names
 
 
@@ -47,7 +46,7 @@ def fetched(monkeypatch, tmp_path):
     ],
 )
 def test_a_published_name_is_its_own_repository(fetched, name, repository):
-    loading.find(name)
+    weights.find(name)
     assert fetched == [repository]
 
 
@@ -65,19 +64,19 @@ def test_a_published_name_is_its_own_repository(fetched, name, repository):
 )
 def test_other_names_are_never_fetched(fetched, name):
     with pytest.raises(CheckpointError) as caught:
-        loading.find(name)
+        weights.find(name)
     assert fetched == [] and "\n" not in str(caught.value)
 
 
 def test_tiny_is_the_packaged_one_even_beside_a_directory_of_that_name(fetched):
     Path("tiny").mkdir()
-    assert loading.find("tiny") == Path(vl.__file__).parent / "assets" / "tiny"
+    assert weights.find("tiny") == Path(vl.__file__).parent / "assets" / "tiny"
     assert fetched == []
 
 
 def test_a_directory_wins_over_a_published_name(fetched):
     Path("2-7B").mkdir()
-    loading.find("2-7B")
+    weights.find("2-7B")
     assert fetched == ["2-7B"]
 
 
@@ -92,16 +91,11 @@ def test_layers_come_apart_one_array_at_a_time(experts, split):
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
     whole = {**params, "decoder": unstack_layers(params["decoder"], split_experts=split)}
     flat = flatten(params)
-    apart = loading._unstack(flat, split)
+    apart = weights.unstack(flat, split)
     assert not flat
     wanted, found = flatten(whole), flatten(apart)
     assert set(found) == set(wanted)
     assert all(np.array_equal(found[path], wanted[path]) for path in wanted)
-
-
-def test_a_run_loads_as_the_model_inside_it(tmp_path):
-    shutil.copytree(loading.TINY, tmp_path / "run" / "model")
-    assert vl.load(tmp_path / "run").config == ZOO["tiny"]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float99", "float64", np.int32])

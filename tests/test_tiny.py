@@ -10,7 +10,7 @@ from vllama2_jax.data.records import read_records
 from vllama2_jax.data.toybox import write_toybox
 from vllama2_jax.data.toybox_questions import TEMPORAL_KINDS
 from vllama2_jax.evals.toybox import evaluate_toybox
-from vllama2_jax.loading import TINY
+from vllama2_jax.weights import TINY
 
 
 @pytest.fixture(scope="module")

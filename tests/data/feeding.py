@@ -4,7 +4,8 @@ import dataclasses
 import json
 
 from vllama2_jax.data.assemble import Assembler, ClipReader
-from vllama2_jax.data.examples import RecordFormat, measure
+from vllama2_jax.data.examples import RecordFormat
+from vllama2_jax.data.index import build_index, joint_datasets
 from vllama2_jax.data.mixture import Mixture
 from vllama2_jax.data.pipeline import Feed
 from vllama2_jax.data.schedule import Schedule
@@ -39,32 +40,37 @@ class Setting:
     tokenizer: object
     folder: object
     sources: tuple
+    media_tokens: int = MEDIA_TOKENS
 
     def format(self, **changes):
         values = dict(
             template="chatml",
             style="sft",
-            media_tokens=MEDIA_TOKENS,
+            media_tokens=self.media_tokens,
             max_tokens=120,
             max_length=MAX_LENGTH,
         )
         return RecordFormat(self.tokenizer, **{**values, **changes})
 
-    def schedule(self, packing=True, epochs=2, max_clips=2, lengths=None, counts=None):
-        form = self.format()
-        measured = [measure(source, form) for source in self.sources]
+    def indices(self):
+        return [build_index(source, self.format()) for source in self.sources]
+
+    def schedule(
+        self, packing=True, epochs=2, max_clips=2, lengths=None, counts=None, buckets=BUCKETS
+    ):
+        form, indices = self.format(), self.indices()
         if lengths is None:
-            lengths = [form.slots(*both) for both in measured]
+            lengths = [form.slots(index.text_tokens, index.clips) for index in indices]
         sizes = tuple(map(len, self.sources))
         return Schedule(
             Mixture.by_counts(sizes, counts or sizes, seed=4),
             lengths,
-            [clips for _, clips in measured],
+            [index.clips for index in indices],
             rows=ROWS,
             max_length=MAX_LENGTH,
             max_clips=max_clips,
             packing=packing,
-            buckets=BUCKETS,
+            buckets=buckets,
             epochs=epochs,
             window=16,
         )
@@ -72,7 +78,15 @@ class Setting:
     def assembler(self, host=0, hosts=1, max_clips=2):
         reader = ClipReader(SPEC, NUM_FRAMES, REFERENCE, str(self.folder))
         return Assembler(
-            self.sources, self.format(), reader, NUM_FRAMES, SPEC.size, max_clips, host, hosts
+            self.sources,
+            self.format(),
+            (reader,) * len(self.sources),
+            NUM_FRAMES,
+            SPEC.size,
+            max_clips,
+            host,
+            hosts,
+            dataset_codes=joint_datasets(self.indices())[1],
         )
 
     def feed(self, packing=True, host=0, hosts=1, epochs=2, **options):

@@ -12,7 +12,7 @@ import vllama2_jax
 from vllama2_jax.cli import main
 from vllama2_jax.data import check as checking
 from vllama2_jax.data.check import check, template_key
-from vllama2_jax.data.check_report import read_lengths, read_report, write_report
+from vllama2_jax.data.check_report import read_lengths, read_report, read_usable, write_report
 from vllama2_jax.data.sources import open_source
 from vllama2_jax.data.toybox import write_video
 from vllama2_jax.text import ChatTemplate, load_tokenizer, sft_example
@@ -125,12 +125,19 @@ def test_the_length_index_counts_the_ids_that_training_sees(folder, report, tmp_
             continue
         ids = sft_example(source[number].messages(), "chatml", tokenizer).ids
         assert lengths[number] == len(ids) - (source[number].media is not None)
-    for wrong in range(3):
-        with pytest.raises(ValueError, match="check the file again"):
-            read_lengths(
-                tmp_path / "report.json",
-                *("x" if i == wrong else value for i, value in enumerate(known)),
-            )
+    for wrong in (1, 2):
+        others = ("x" if i == wrong else value for i, value in enumerate(known))
+        assert read_lengths(tmp_path / "report.json", *others) is None
+    with pytest.raises(ValueError, match="check the file again"):
+        read_lengths(tmp_path / "report.json", "x", *known[1:])
+
+
+def test_what_is_usable_is_what_is_not_in_quarantine(folder, report, tmp_path):
+    source = open_source(folder / "mixed.json")
+    write_report(tmp_path / "report.json", report)
+    usable = read_usable(tmp_path / "report.json", source.fingerprint)
+    ids = [source.read(number)["id"] for number in usable]
+    assert ids == ["whole", "part", "to the end", "text", "image", "frames"]
 
 
 def test_templates_of_other_words_have_other_keys():

@@ -118,6 +118,16 @@ def test_an_unfinished_pack_is_refused(packed, tmp_path):
         open_source(tmp_path)
 
 
+def test_a_pack_that_stopped_half_way_is_none(folder, tmp_path):
+    records = [made("kept", video="ball.mp4"), made("gone", video="gone.mp4")]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    with pytest.raises(MediaError, match="no such file"):
+        pack(open_source(tmp_path / "two.json"), tmp_path / "pack", folder)
+    assert list((tmp_path / "pack").glob("media-*"))
+    with pytest.raises(ValueError, match="not a finished pack"):
+        open_source(tmp_path / "pack")
+
+
 @pytest.mark.parametrize("harm", ["gone", "cut"])
 def test_a_damaged_shard_is_an_error_of_the_source(packed, tmp_path, harm):
     for path in packed.iterdir():

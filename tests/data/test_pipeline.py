@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from feeding import BUCKETS, MAX_LENGTH, MEDIA_TOKENS, NUM_FRAMES, ROWS, SPEC, segments
 
-from vllama2_jax.data.examples import measure
+from vllama2_jax.data.index import joint_datasets
 from vllama2_jax.data.mixture import Mixture
 from vllama2_jax.data.pipeline import Feed
 from vllama2_jax.data.schedule import Schedule
 from vllama2_jax.media import load_clip
 from vllama2_jax.models.vllama2 import Batch
 from vllama2_jax.text import sft_example, supervise
+
+TEXT = ("tokens", "targets", "positions", "segment_ids", "media_index")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +79,10 @@ def test_arrays_have_the_fields_shapes_and_types_of_a_batch(whole_run):
     fields = {field.name for field in dataclasses.fields(Batch)}
     for batch in whole_run:
         arrays = batch.arrays
-        assert arrays.keys() == fields
+        assert arrays.keys() - {"dataset_ids"} == fields - {"dataset_ids"}
         length = arrays["tokens"].shape[1]
         assert length in BUCKETS
-        for name in ("tokens", "targets", "positions", "segment_ids", "media_index"):
+        for name in (*TEXT, "dataset_ids"):
             assert arrays[name].shape == (ROWS, length) and arrays[name].dtype == np.int32
         assert arrays["target_weights"].shape == (ROWS, length)
         assert arrays["target_weights"].dtype == np.float32
@@ -88,6 +90,25 @@ def test_arrays_have_the_fields_shapes_and_types_of_a_batch(whole_run):
         assert arrays["frames"].dtype == np.uint8
         assert arrays["clip_frames"].shape == (ROWS, 2, NUM_FRAMES)
         assert arrays["clip_mask"].shape == (ROWS, 2) and arrays["clip_mask"].dtype == bool
+
+
+def test_every_slot_tells_the_dataset_of_its_record(setting, whole_run):
+    names, _ = joint_datasets(setting.indices())
+    assert names == ("toys", "words")
+    for batch in whole_run:
+        for row, ids in enumerate(batch.arrays["dataset_ids"]):
+            segments = batch.arrays["segment_ids"][row]
+            assert not ids[segments == 0].any()
+            for segment, dataset in enumerate(batch.datasets[row], start=1):
+                assert {names[code] for code in ids[segments == segment]} == {dataset}
+
+
+def test_dataset_codes_must_cover_the_sources_and_are_optional(setting):
+    maker = setting.assembler()
+    with pytest.raises(ValueError, match=r"codes cover \(9, 2\) records, .* hold \(9, 10\)"):
+        dataclasses.replace(maker, dataset_codes=(np.zeros(9, int), np.zeros(2, int)))
+    arrays = dataclasses.replace(maker, dataset_codes=None)(setting.schedule()[0]).arrays
+    assert "dataset_ids" not in arrays
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -171,12 +192,11 @@ def test_text_alone_has_no_media_arrays(setting):
 
 def test_a_schedule_may_end_at_a_number_of_steps(setting):
     form = setting.format()
-    text_tokens, clips = measure(setting.sources[1], form)
+    index = setting.indices()[1]
+    lengths = form.slots(index.text_tokens, index.clips)
     how = dict(rows=2, max_length=MAX_LENGTH, max_clips=0, packing=False, buckets=BUCKETS)
     mixture = Mixture.by_weights((10,), (1,), 0)
-    made = Schedule(
-        mixture, [form.slots(text_tokens, clips)], [clips], num_steps=50, window=16, **how
-    )
+    made = Schedule(mixture, [lengths], [index.clips], num_steps=50, window=16, **how)
     assert len(made) == 50 and made[49].number == 49
     # Each window of 16 positions is eight steps of two rows, and all of them are there.
     sources, records = mixture.locate(np.arange(96))

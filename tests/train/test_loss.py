@@ -39,8 +39,10 @@ def project(head, rows):
 
 def chunked(kernel, hidden, targets, weights, chunk, z_loss=0.0):
     """The chunked loss and (log Z)^2 as one scalar."""
-    sums = chunked_cross_entropy(project, {"kernel": kernel}, hidden, targets, weights, chunk)
-    return sums[0] + z_loss * sums[1]
+    losses, squares = chunked_cross_entropy(
+        project, {"kernel": kernel}, hidden, targets, weights, chunk
+    )
+    return ((losses + z_loss * squares) * weights).sum()
 
 
 def by_torch(hidden, kernel, targets, weights, z_loss):

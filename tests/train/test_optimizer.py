@@ -1,5 +1,7 @@
 """The optimizer against torch's AdamW and Hugging Face's rule of what decays."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,24 +20,40 @@ import oracle  # noqa: E402
 
 
 def test_first_step_has_learning_rate_zero_and_schedule_is_a_half_cosine():
-    config = OptimizerConfig(learning_rate=2.0, steps=110, warmup_steps=10)
-    schedule = learning_rate(config)
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_ratio=0.0901), 110)
     assert float(schedule(0)) == 0.0
     assert float(schedule(5)) == pytest.approx(1.0)
     for step in (10, 35, 60, 110):
         wanted = 2.0 * 0.5 * (1 + np.cos(np.pi * (step - 10) / 100))
         assert float(schedule(step)) == pytest.approx(wanted, abs=1e-6)
-    with pytest.raises(ValueError, match="warmup_steps"):
-        learning_rate(OptimizerConfig(learning_rate=1.0, steps=5, warmup_steps=5))
+    with pytest.raises(ValueError, match="warmup_ratio"):
+        OptimizerConfig(learning_rate=1.0, warmup_ratio=1.0)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 100, 5474])
+def test_schedule_equals_transformers(steps):
+    schedule = learning_rate(OptimizerConfig(learning_rate=1.0), steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    reference = transformers.get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(0.03 * steps), steps
+    )
+    for step in range(min(steps, 200)):
+        assert float(schedule(step)) == pytest.approx(reference.get_last_lr()[0], abs=1e-6)
+        optimizer.step()
+        reference.step()
+
+
+def test_a_run_too_short_to_warm_up_still_learns():
+    assert float(learning_rate(OptimizerConfig(1.0), 1)(0)) == 1.0
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_optimizer_equals_torch_adamw(weight_decay):
     rng = np.random.default_rng(2)
     start = rng.normal(size=(3, 4)).astype(np.float32)
-    config = OptimizerConfig(0.1, steps=1000, warmup_steps=0, weight_decay=weight_decay)
+    config = OptimizerConfig(0.1, warmup_ratio=0, weight_decay=weight_decay)
     assigned = {"a/kernel": Rule(".*", "train"), "b/kernel": Rule(".*", "train", 0.0)}
-    optimizer = make_optimizer(config, assigned)
+    optimizer = make_optimizer(config, 1000, assigned)
     ours = {"a/kernel": jnp.array(start), "b/kernel": jnp.array(start)}
     state = optimizer.init(ours)
     theirs = torch.nn.Parameter(torch.tensor(start))
@@ -147,8 +165,8 @@ def decays_in_hugging_face():
 
 def decays_here(paths):
     """{path: whether a parameter shrinks that gets no gradient}."""
-    config = OptimizerConfig(0.1, steps=10, warmup_steps=0, weight_decay=0.5)
-    optimizer = make_optimizer(config, dict.fromkeys(paths, Rule(".*", "train")))
+    config = OptimizerConfig(0.1, warmup_ratio=0, weight_decay=0.5)
+    optimizer = make_optimizer(config, 10, dict.fromkeys(paths, Rule(".*", "train")))
     params = {path: jnp.ones(()) for path in paths}
     updates, _ = optimizer.update(
         jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params

@@ -1,4 +1,4 @@
-"""A small tower's and connector's schooling: labels say what is there, and losses fall."""
+"""A small model's schooling: labels say what is there, losses fall, and a model comes out."""
 
 import dataclasses
 
@@ -6,6 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from vllama2_jax.checkpoints import CheckpointError, load_model
+from vllama2_jax.checkpoints.store import flatten
+from vllama2_jax.data.toybox_labels import (
+    CLIP_HEADS,
+    clip_labels,
+    labelled_clips,
+    patch_labels,
+    picture_batches,
+)
 from vllama2_jax.data.toybox_scenes import (
     COLOURS,
     DIRECTIONS,
@@ -14,19 +23,13 @@ from vllama2_jax.data.toybox_scenes import (
     render,
     sample_scene,
 )
+from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import ZOO
-from vllama2_jax.train.initial import initial_params
-from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
-from vllama2_jax.train.recipes import Stage, make_task, new_heads
-from vllama2_jax.train.schooling import (
-    CLIP_HEADS,
-    clip_labels,
-    labelled_clips,
-    patch_labels,
-    picture_batches,
-)
-from vllama2_jax.train.step import init_state, make_step
-from vllama2_jax.train.trainable import Rule, assign_rules, partition
+from vllama2_jax.text import load_tokenizer
+from vllama2_jax.train.optimizer import OptimizerConfig
+from vllama2_jax.train.schooling import Lesson, make_task, model_card, school, teach
+from vllama2_jax.train.start import PARTS, random_parts
+from vllama2_jax.weights import TINY
 
 
 def test_labelled_patches_have_the_colour_of_their_label():
@@ -69,36 +72,57 @@ def _narrow(config):
         config,
         vision=dataclasses.replace(config.vision, width=24, mlp_dim=48),
         connector=dataclasses.replace(config.connector, in_dim=24, out_dim=32),
-        decoder=dataclasses.replace(config.decoder, width=32, num_layers=1),
+        decoder=dataclasses.replace(config.decoder, width=32, mlp_dim=64, num_layers=1),
     )
 
 
-@pytest.mark.parametrize("task", ["tower", "connector"])
-def test_schooling_lowers_its_loss_and_touches_only_its_part(task):
-    config = _narrow(ZOO["tiny"])
-    params = initial_params(config, 0)
-    params |= new_heads(config, task, 0)
-    part = {"tower": "vision", "connector": "connector"}[task]
-    rules = (Rule(f"({part}|heads)/.*", "train"), Rule(".*", "freeze"))
-    optimizer_config = OptimizerConfig(5e-3, 40, 5)
-    stage = Stage(task, rules, optimizer_config, rows=8)
-    assigned = assign_rules(rules, params)
-    trainable, frozen = partition(params, assigned)
-    optimizer = make_optimizer(optimizer_config, assigned)
-    state = init_state(trainable, optimizer)
-    loss, batches = make_task(config, stage, None, 0)
-    step = make_step(loss, optimizer)
-    losses = []
-    batch = next(iter(batches))  # the same one, since batches of 8 differ more than they teach
-    for _ in range(40):
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-5:]) < 0.9 * losses[0]
-    assert {path.split("/")[0] for path in state.trainable} == {part, "heads"}
+def _lesson(part, steps):
+    return Lesson(part, steps, rows=8, optimizer=OptimizerConfig(5e-3, warmup_ratio=0.125))
 
 
-@pytest.mark.parametrize("batches", [picture_batches, labelled_clips])
-def test_schooling_batches_are_reproducible(batches):
-    first, again = (next(batches(ZOO["tiny"], 2, 5)) for _ in range(2))
+@pytest.fixture(scope="module")
+def beginning():
+    return random_parts(_narrow(ZOO["tiny"]), list(PARTS), 0, None, narrow=True)
+
+
+@pytest.mark.parametrize("part", ["vision", "connector", "decoder"])
+def test_lesson_lowers_its_loss_and_touches_only_its_part(part, beginning, monkeypatch):
+    tokenizer = load_tokenizer(TINY / "tokenizer")
+    card = model_card(_narrow(ZOO["tiny"]), tokenizer)
+
+    def one_batch(lesson, *arguments):
+        """The same one, since batches of 8 differ more than they teach."""
+        loss, batches = make_task(lesson, *arguments)
+        return loss, [next(iter(batches))] * lesson.steps
+
+    monkeypatch.setattr("vllama2_jax.train.schooling.make_task", one_batch)
+    after, losses = teach(_lesson(part, 30), beginning, card, tokenizer, 0)
+    assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
+    assert set(after) == set(PARTS)
+    changed = {
+        path.split("/")[0]
+        for path, leaf in flatten(after).items()
+        if not np.array_equal(leaf, flatten(beginning)[path])
+    }
+    assert changed == {part}
+
+
+def test_schooling_saves_a_model_that_loads_and_spares_a_folder_in_use(tmp_path, capsys):
+    config, out = _narrow(ZOO["tiny"]), tmp_path / "start"
+    lesson = dataclasses.replace(_lesson("vision", 1), rows=2)
+    school(config, out, [lesson])
+    params, card = load_model(out, lambda card: abstract_params(card.config))
+    assert card == model_card(config, load_tokenizer(out / "tokenizer"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert "vision: 1 steps, loss" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="not empty"):
+        school(config, out, [lesson])
+
+
+@pytest.mark.parametrize(
+    "batches", [lambda: picture_batches(64, 8, 2, 5), lambda: labelled_clips(64, 2, 5)]
+)
+def test_batches_of_labels_are_reproducible(batches):
+    first, again = (next(batches()) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert first["frames"].shape[-3:] == (64, 64, 3)

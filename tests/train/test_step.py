@@ -59,7 +59,7 @@ def training(params):
     """(a function that makes the first state, the frozen parameters, the compiled step)."""
     assigned = assign_rules(RULES, params)
     trainable, frozen = partition(params, assigned)
-    optimizer = make_optimizer(OptimizerConfig(3e-2, steps=60, warmup_steps=3), assigned)
+    optimizer = make_optimizer(OptimizerConfig(3e-2, warmup_ratio=0.05), 60, assigned)
     step = make_step(LOSS, optimizer)
     return lambda: init_state(trainable, optimizer), frozen, step
 

@@ -205,7 +205,7 @@ def step_once(params, config, rules, batch, loss_config):
     """(metrics, {path: gradient}, {path: parameter behind the update}) of one compiled step."""
     assigned = assign_rules(rules, params)
     trainable, frozen = partition(params, assigned)
-    optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, 10, 0), assigned)
+    optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, warmup_ratio=0), 10, assigned)
     model = VLlama2(config, moe_backend="ragged_dot")
     loss = functools.partial(batch_loss, model, config=loss_config)
     with jax.default_matmul_precision("highest"):

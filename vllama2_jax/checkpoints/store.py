@@ -5,6 +5,7 @@ DIR/tokenizer/        the tokenizer's own files
 DIR/params/           the arrays, an Orbax checkpoint
 """
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -125,13 +126,10 @@ def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCar
             f"{folder}: the sizes in its model card make no network ({_first_line(error)}); "
             "convert or save the model again"
         ) from error
-    # Orbax reports a broken store from threads of its own as well; ours is the one clear line.
-    absl_logger = logging.getLogger("absl")
-    level = absl_logger.level
-    absl_logger.setLevel(logging.CRITICAL)
     hook = _drop_late_callbacks()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        # Orbax reports a broken store from threads of its own as well; ours is the one clear line.
+        with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             stored = flatten_metadata(checkpointer.metadata(folder / PARAMS).item_metadata.tree)
             check_tree(stored, flatten(wanted), str(folder))
             target = jax.tree.map(
@@ -149,10 +147,20 @@ def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCar
             f"{folder}: the arrays cannot be read ({_first_line(error)}); "
             "the copy is incomplete or damaged, fetch or convert it again"
         ) from error
-    finally:
-        absl_logger.setLevel(level)
     sys.unraisablehook = hook
     return params, card
+
+
+@contextlib.contextmanager
+def quiet_orbax():
+    """Keep Orbax from logging what an error of ours says."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _drop_late_callbacks():

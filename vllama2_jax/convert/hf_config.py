@@ -43,7 +43,7 @@ _TOWERS_BY_TYPE = {
     "siglip": zoo.SIGLIP_SO400M_384,
     "siglip_vision_model": zoo.SIGLIP_SO400M_384,
 }
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _NEEDED = object()
 # Any of these makes a repository an audio-visual one.
 _AUDIO_FIELDS = ("mm_audio_tower", "audio_config", "mm_projector_a", "mm_projector_a_type")
@@ -99,12 +99,13 @@ def tower_name(data: dict) -> str:
     return name
 
 
-def model_from_json(data: dict, name: str) -> VLlama2Config:
+def model_from_json(data: dict, name: str, connector_depth: int | None = None) -> VLlama2Config:
     """The network that a released config.json describes.
 
     Args:
       data: config.json.
       name: what to call it.
+      connector_depth: blocks per RegStage, which no released field says; None for the published 4.
 
     Raises:
       CheckpointError: for a field that is needed and absent, or has an unknown value.
@@ -117,7 +118,10 @@ def model_from_json(data: dict, name: str) -> VLlama2Config:
             name=name,
             vision=vision,
             connector=zoo.connector_config(
-                kind, _size(data, "mm_hidden_size", vision.width), decoder.width
+                kind,
+                _size(data, "mm_hidden_size", vision.width),
+                decoder.width,
+                connector_depth,
             ),
             decoder=decoder,
             num_frames=_size(data, "num_frames", 8),
@@ -233,10 +237,10 @@ def _sized_tower(tower: str, sizes: dict) -> ViTConfig:
         )
     base, group = _TOWERS_BY_TYPE[kind], "vision_config."
     act = sizes.get("hidden_act")
-    if act is not None and act not in _ACTIVATIONS:
+    if act is not None and act not in ACTIVATIONS:
         raise CheckpointError(
             f"config.json: `vision_config.hidden_act` {act!r} is not supported; "
-            f"known: {', '.join(_ACTIVATIONS)}"
+            f"known: {', '.join(ACTIVATIONS)}"
         )
     return dataclasses.replace(
         base,
@@ -247,7 +251,7 @@ def _sized_tower(tower: str, sizes: dict) -> ViTConfig:
         num_layers=_size(sizes, "num_hidden_layers", group=group),
         num_heads=_size(sizes, "num_attention_heads", group=group),
         norm_eps=_number(sizes, "layer_norm_eps", base.norm_eps, group),
-        activation=_ACTIVATIONS.get(act, base.activation),
+        activation=ACTIVATIONS.get(act, base.activation),
     )
 
 
@@ -273,11 +277,17 @@ def generation_defaults(folder: Path, data: dict, eos_id: int | None) -> Generat
       CheckpointError: for a value of another type.
     """
     path = folder / "generation_config.json"
-    found = read_json(path) if path.is_file() else {}
+    return generation_from_json(read_json(path) if path.is_file() else {}, data, eos_id, str(path))
+
+
+def generation_from_json(
+    found: dict, data: dict, eos_id: int | None, where: str
+) -> GenerationDefaults:
+    """`generation_defaults` of a generation_config.json in memory, called `where` in errors."""
     stop = found.get("eos_token_id", data.get("eos_token_id", eos_id))
     stop = [] if stop is None else list(stop) if isinstance(stop, list) else [stop]
     if any(type(token) is not int for token in stop):
-        raise CheckpointError(f"{path}: `eos_token_id` must be one id or a list, found {stop}")
+        raise CheckpointError(f"{where}: `eos_token_id` must be one id or a list, found {stop}")
     if eos_id is not None and eos_id not in stop:
         stop.append(eos_id)
     try:
@@ -288,7 +298,7 @@ def generation_defaults(folder: Path, data: dict, eos_id: int | None) -> Generat
             top_k=0 if found.get("top_k") == 0 else _size(found, "top_k", 50),
         )
     except CheckpointError as error:
-        raise CheckpointError(str(error).replace("config.json", str(path), 1)) from None
+        raise CheckpointError(str(error).replace("config.json", where, 1)) from None
 
 
 def _size(data: dict, name: str, default: int | None = _NEEDED, group: str = "") -> int | None:

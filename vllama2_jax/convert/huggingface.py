@@ -8,17 +8,15 @@ import numpy as np
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
 from vllama2_jax.checkpoints.store import check_tree, flatten, unflatten
 from vllama2_jax.convert import tables
+from vllama2_jax.convert.hf_card import card_from_json
 from vllama2_jax.convert.hf_config import (
     generation_defaults,
-    image_spec,
     is_connector_only,
-    model_from_json,
     read_json,
     refuse_audio,
     tower_name,
 )
 from vllama2_jax.convert.tensors import Merged, Renamed, TorchFile, open_weights
-from vllama2_jax.media.preset import REFERENCE
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
@@ -82,6 +80,29 @@ def _download(repository: str) -> Path:
     return Path(folder)
 
 
+def open_checkpoint(folder: Path):
+    """A released checkpoint's tensors, none of which is read, its card, and its tokenizer.
+
+    Args:
+      folder: see `load_huggingface`.
+
+    Returns:
+      a source of `convert/tensors.py`, the model card, the tokenizer's directory.
+
+    Raises:
+      CheckpointError: for a part that cannot be found or trusted.
+    """
+    data = read_json(folder / "config.json")
+    refuse_audio(data)
+    if is_connector_only(data):
+        data, source, tokenizer_folder = _open_base(folder, data)
+    else:
+        source, tokenizer_folder = open_weights(folder), folder
+    tokenizer = load_tokenizer(tokenizer_folder)
+    generation = generation_defaults(tokenizer_folder, data, tokenizer.eos_id)
+    return source, card_from_json(data, generation, tokenizer, folder.name), tokenizer_folder
+
+
 def load_huggingface(
     folder: Path, *, dtype, scan_layers: bool, split_experts: bool = False, progress=None
 ) -> tuple[dict, ModelCard, Path]:
@@ -93,7 +114,7 @@ def load_huggingface(
 
     Args:
       folder: the directory.
-      dtype: NumPy dtype of the returned parameters.
+      dtype: NumPy dtype of the returned parameters; None keeps that of each one's first tensor.
       scan_layers: stack the decoder's layers (training) or keep them apart (inference).
       split_experts: give each expert arrays of its own (see `models/stacking.py`).
       progress: called with (tensors done, tensors in all).
@@ -105,40 +126,35 @@ def load_huggingface(
       CheckpointError: listing every missing, unexpected and misshapen tensor; or for a part that
         cannot be found, read or trusted.
     """
-    data = read_json(folder / "config.json")
-    refuse_audio(data)
-    if is_connector_only(data):
-        data, source, tokenizer_folder = _open_base(folder, data)
-    else:
-        source, tokenizer_folder = open_weights(folder), folder
-    config = model_from_json(data, folder.name)
+    source, card, tokenizer_folder = open_checkpoint(folder)
     params = read_params(
         source,
-        config,
+        card.config,
         str(folder),
         dtype,
         scan_layers=scan_layers,
         split_experts=split_experts,
         progress=progress,
     )
-    tokenizer = load_tokenizer(tokenizer_folder)
-    card = ModelCard(
-        config=config,
-        image=image_spec(config.vision),
-        preset=REFERENCE,
-        generation=generation_defaults(tokenizer_folder, data, tokenizer.eos_id),
-        tokenizer=tokenizer.fingerprint(),
-    )
     return params, card, tokenizer_folder
 
 
-def check_names(shapes: dict[str, tuple[int, ...]], config: VLlama2Config, where: str) -> None:
+def check_names(
+    shapes: dict[str, tuple[int, ...]], config: VLlama2Config, where: str, part: str = ""
+) -> None:
     """Hold a checkpoint's tensor names and shapes against the tables, without reading any.
+
+    Args:
+      shapes: of its tensors.
+      config: the network.
+      where: what to call the checkpoint in an error.
+      part: "vision", "connector" or "decoder" of a checkpoint that holds only that.
 
     Raises:
       CheckpointError: listing every difference.
     """
-    expected = {row.source: np.broadcast_to(0, row.shape) for row in tables.model_rows(config)}
+    rows = _rows(config, part)
+    expected = {row.source: np.broadcast_to(0, row.shape) for row in rows}
     ignored = tables.model_ignored(config)
     found = {
         name: np.broadcast_to(0, shape)
@@ -146,6 +162,10 @@ def check_names(shapes: dict[str, tuple[int, ...]], config: VLlama2Config, where
         if name in expected or not name.startswith(ignored)
     }
     check_tree(found, expected, where)
+
+
+def _rows(config: VLlama2Config, part: str) -> list[tables.Row]:
+    return [row for row in tables.model_rows(config) if row.target.startswith(part)]
 
 
 def read_params(
@@ -156,6 +176,7 @@ def read_params(
     *,
     scan_layers: bool,
     split_experts: bool = False,
+    part: str = "",
     progress=None,
 ) -> dict:
     """Read every tensor to its parameter.
@@ -165,13 +186,15 @@ def read_params(
       config: the network.
       where: what to call the source in an error.
       dtype, scan_layers, split_experts, progress: see `load_huggingface`.
+      part: see `check_names`.
 
     Returns:
       Nested dict of arrays on the default device.
     """
-    check_names(source.shapes, config, where)
+    check_names(source.shapes, config, where, part)
     shapes = flatten(abstract_params(config, scan_layers=scan_layers, split_experts=split_experts))
-    rows = tables.model_rows(config)
+    shapes = {path: leaf for path, leaf in shapes.items() if path.startswith(part)}
+    rows = _rows(config, part)
     by_target: dict[str, list[tuple[tuple[int, ...], tables.Row]]] = {}
     for row in rows:
         path, index = row.target, row.index
@@ -183,12 +206,12 @@ def read_params(
         raise AssertionError(f"tables and network name different parameters: {differing}")
     params, done = {}, 0
     for path, parts in by_target.items():
-        buffer = np.empty(shapes[path].shape, dtype)
+        buffer = None
         for index, row in parts:
             tensor = source.read(row.source)
-            if row.axes is not None:
-                tensor = tensor.transpose(row.axes)
-            buffer[index] = tensor.reshape(buffer[index].shape)
+            if buffer is None:
+                buffer = np.empty(shapes[path].shape, tensor.dtype if dtype is None else dtype)
+            buffer[index] = row.to_parameter(tensor, buffer[index].shape)
             done += 1
             if progress:
                 progress(done, len(rows))
@@ -214,7 +237,7 @@ def _open_base(folder: Path, data: dict):
     merged.setdefault("vision_config", tower_data.get("vision_config", tower_data))
     sources = [
         open_weights(language),
-        _open_tower(tower),
+        open_tower(tower),
         # The original rounds a connector that it reads from a folder through float16.
         Renamed(TorchFile(projector), _connector_name, through=np.float16),
     ]
@@ -233,7 +256,7 @@ def _resolve_field(folder: Path, field: str, name) -> Path:
         raise CheckpointError(f"{folder}/config.json: `{field}`: {error}") from None
 
 
-def _open_tower(folder: Path) -> Renamed:
+def open_tower(folder: Path) -> Renamed:
     """A tower's own repository, or the image half of a whole CLIP or SigLIP, under our names."""
     source, prefix = open_weights(folder), "vision_model."
     if not any(name.startswith(prefix) for name in source.shapes):

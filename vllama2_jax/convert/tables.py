@@ -2,12 +2,15 @@
 
 A row says: the tensor's name and shape, the parameter's path, and the axis order that turns one
 into the other (a reshape follows: our attention kernels keep heads and head_dim apart). Shapes are
-written from the configuration, never from a tensor, so that a table is a check of its own. Names
-and transposes: the original's state dicts under transformers 4.40.
+written from the configuration, never from a tensor, so that a table is a check of its own; every
+row is read in both directions. Names and transposes: the original's state dicts under transformers
+4.40.
 """
 
 import dataclasses
 from collections.abc import Iterator
+
+import numpy as np
 
 from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
 
@@ -35,6 +38,19 @@ class Row:
     target: str
     axes: tuple[int, ...] | None = ASIS
     index: tuple[int, ...] = ()
+
+    def to_parameter(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor as its part of the parameter, which has `shape`."""
+        if self.axes is not None:
+            tensor = tensor.transpose(self.axes)
+        return tensor.reshape(shape)
+
+    def to_tensor(self, part: np.ndarray) -> np.ndarray:
+        """The inverse of `to_parameter`."""
+        if self.axes is None:
+            return part.reshape(self.shape)
+        permuted = part.reshape([self.shape[axis] for axis in self.axes])
+        return permuted.transpose(np.argsort(self.axes))
 
 
 def _norm(source: str, target: str, width: int, index=(), bias=True) -> Iterator[Row]:
@@ -95,6 +111,27 @@ def vision_ignored(config: ViTConfig, source: str) -> tuple[str, ...]:
         f"{source}head.",
         f"{source}embeddings.position_ids",
     )
+
+
+def vision_unused(config: ViTConfig, source: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a tower's tensors that the selected state does not need."""
+    used = {row.source for row in vision_rows(config, source, "")}
+    whole = vision_rows(dataclasses.replace(config, select_layer=-1), source, "")
+    rows = [row for row in whole if row.source not in used]
+    width, head = config.width, f"{source}head."
+    rows += _norm(f"{source}post_layernorm", "", width)
+    if not config.class_token:
+        # SigLIP's pooling: attention of one learned query, with a fused projection.
+        rows += [
+            Row(f"{head}probe", (1, 1, width), ""),
+            Row(f"{head}attention.in_proj_weight", (3 * width, width), ""),
+            Row(f"{head}attention.in_proj_bias", (3 * width,), ""),
+            *_linear(f"{head}attention.out_proj", "", width, width),
+            *_norm(f"{head}layernorm", "", width),
+            *_linear(f"{head}mlp.fc1", "", width, config.mlp_dim),
+            *_linear(f"{head}mlp.fc2", "", config.mlp_dim, width),
+        ]
+    return {row.source: row.shape for row in rows}
 
 
 def connector_rows(config: ConnectorConfig, source: str, target: str) -> Iterator[Row]:

@@ -115,24 +115,35 @@ class Assembler:
     Attributes:
       sources: of the mixture; each gives a `records.Record` by number.
       record_format: how records are said.
-      read_clip: (source, number, media) to the clip, like `ClipReader`; raises ValueError.
+      readers: of each source (source, number, media) to the clip, like `ClipReader`; raises
+        ValueError.
       num_frames, image_size: time steps of a clip, pixels of a frame's side.
       max_clips: clip slots of a row; 0 is text alone, without media arrays.
       host, hosts: which rows of a step are made here: an equal share, in order.
+      dataset_codes: of each source int [records], the datasets of its records by number, as
+        `index.joint_datasets` gives them; with it the arrays hold "dataset_ids", int32 [B, L].
     """
 
     sources: tuple[Any, ...]
     record_format: RecordFormat
-    read_clip: Callable[[Any, int, Media], Clip]
+    readers: tuple[Callable[[Any, int, Media], Clip], ...]
     num_frames: int
     image_size: int
     max_clips: int
     host: int = 0
     hosts: int = 1
+    dataset_codes: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self):
         if not 0 <= self.host < self.hosts:
             raise ValueError(f"host {self.host} is not one of {self.hosts}, counted from 0")
+        if self.dataset_codes is not None:
+            sizes, coded = (tuple(map(len, of)) for of in (self.sources, self.dataset_codes))
+            if sizes != coded:
+                raise ValueError(
+                    f"the dataset codes cover {coded} records, the sources hold {sizes}; "
+                    "build the length index anew"
+                )
 
     def __call__(self, step: Step) -> HostBatch:
         """The batch.
@@ -141,9 +152,10 @@ class Assembler:
           ValueError: if records do not fit their row, since the length index is stale.
         """
         share = len(step.rows) // self.hosts
+        own = step.rows[self.host * share : (self.host + 1) * share]
         faults: list[Fault] = []
         rows, clips, records, datasets = [], [], [], []
-        for row in step.rows[self.host * share : (self.host + 1) * share]:
+        for row in own:
             parts = [self._part(*place, faults) for place in row]
             rows.append([part[0] for part in parts])
             clips.append([part[1] for part in parts if (part[0].media_index >= 0).any()])
@@ -156,11 +168,21 @@ class Assembler:
                     f"{step.length} that the length index planned; build the index anew"
                 )
         arrays = pack_rows(rows, step.length, self.record_format.media_tokens)
+        if self.dataset_codes is not None:
+            arrays["dataset_ids"] = self._dataset_ids(own, arrays["segment_ids"])
         if self.max_clips:
             arrays |= pack_clips(clips, self.max_clips, self.num_frames, self.image_size)
         else:
             arrays |= {"frames": None, "clip_frames": None, "clip_mask": None}
         return HostBatch(step.number, arrays, tuple(records), tuple(datasets), tuple(faults))
+
+    def _dataset_ids(self, rows, segment_ids: np.ndarray) -> np.ndarray:
+        """The code of each slot's dataset, int32 [B, L]; 0 at padding."""
+        out = np.zeros_like(segment_ids)
+        for i, row in enumerate(rows):
+            codes = [self.dataset_codes[source][number] for source, number in row]
+            out[i] = np.asarray([0, *codes], np.int32)[segment_ids[i]]
+        return out
 
     def _part(
         self, source: int, number: int, faults: list[Fault]
@@ -176,7 +198,7 @@ class Assembler:
         try:
             example = self.record_format.supervised(record)
             if record.media is not None:
-                clip = self.read_clip(self.sources[source], number, record.media)
+                clip = self.readers[source](self.sources[source], number, record.media)
         except ValueError as error:
             reason = " ".join(str(error).split())
             faults.append(Fault(source, number, record.id, record.dataset, reason))

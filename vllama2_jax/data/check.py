@@ -15,12 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from vllama2_jax.data.check_report import Checked, Quarantined, Report
+from vllama2_jax.data.examples import text_tokens
 from vllama2_jax.data.files import local_media
 from vllama2_jax.data.records import KNOWN_KEYS, Media, Record, RecordError, id_of, parse_record
 from vllama2_jax.data.sources import Source
 from vllama2_jax.media import PAPER, ImageSpec, Limits, MediaError, MediaInfo
 from vllama2_jax.media.guard import Decoder
-from vllama2_jax.text import ChatTemplate, TemplateError, Tokenizer, render, tokenize
+from vllama2_jax.text import ChatTemplate, TemplateError, Tokenizer
 
 # (what is done, unit=what is counted) -> a context of `update(done, total)`
 Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int, int], None]]]
@@ -34,16 +35,6 @@ _FITTING = {"image": ("image", "gif"), "video": ("video", "gif", "folder")}
 @contextlib.contextmanager
 def _no_bar(label: str, unit: str):
     yield lambda done, total: None
-
-
-def text_tokens(record: Record, template: str | ChatTemplate, tokenizer: Tokenizer) -> int:
-    """Ids of a record's conversation in training, media placeholders not counted.
-
-    Raises:
-      TemplateError: if the template refuses the conversation.
-    """
-    text = render(record.messages(), template, add_generation_prompt=False)
-    return sum(token >= 0 for token in tokenize(text, tokenizer))
 
 
 def template_key(template: str | ChatTemplate) -> str:

@@ -179,31 +179,42 @@ def read_report(path: str | os.PathLike, fingerprint: str) -> dict:
     return data
 
 
-def read_lengths(
-    path: str | os.PathLike, fingerprint: str, tokenizer: str, template: str
-) -> np.ndarray:
-    """The length index of a report.
+def read_usable(path: str | os.PathLike, fingerprint: str) -> np.ndarray:
+    """Numbers of the records that a report does not quarantine, for `examples.Subset`: int64 [n].
 
     Args:
       path: of the report.
       fingerprint: of the source that it must be about.
-      tokenizer: fingerprint of the tokenizer that it must be counted with.
-      template: key of the template that it must be counted with (`check.template_key`).
-
-    Returns:
-      int32 [records], text tokens; -1 where the record is quarantined.
 
     Raises:
-      ValueError: for a report that is about something else.
+      ValueError: for a file that is no report, or one about other records.
+    """
+    data = read_report(path, fingerprint)
+    bad = [entry["number"] for entry in data["quarantine"]]
+    return np.setdiff1d(np.arange(data["records"]), np.asarray(bad, np.int64))
+
+
+def read_lengths(
+    path: str | os.PathLike, fingerprint: str, tokenizer: str, template: str
+) -> np.ndarray | None:
+    """Text tokens of conversations ("sft" of `examples.RecordFormat`) that a report has counted.
+
+    Args:
+      path: of the report.
+      fingerprint: of the source that it must be about.
+      tokenizer: fingerprint of the tokenizer that is to be trained with.
+      template: key of the template that is to be trained with (`check.template_key`).
+
+    Returns:
+      int32 [records], -1 where the record is quarantined; None if the report has counted nothing,
+      or with another tokenizer or template.
+
+    Raises:
+      ValueError: for a file that is no report, or one about other records.
     """
     lengths = read_report(path, fingerprint)["lengths"]
-    if lengths is None:
-        raise ValueError(f"{path}: holds no lengths; check the file again with --model")
-    if (lengths["tokenizer"], lengths["template"]) != (tokenizer, template):
-        raise ValueError(
-            f"{path}: its lengths were counted with another tokenizer or chat template; "
-            "check the file again with the --model that is to be trained"
-        )
+    if lengths is None or (lengths["tokenizer"], lengths["template"]) != (tokenizer, template):
+        return None
     counts = [record["text_tokens"] for record in lengths["records"]]
     return np.asarray([-1 if count is None else count for count in counts], np.int32)
 

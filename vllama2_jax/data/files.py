@@ -73,17 +73,19 @@ def local_media(
         return
     given = [p if held is not None else f"{root.rstrip('/')}/{p}" for p in media.paths]
     with tempfile.TemporaryDirectory() as folder:
-        places = []
+        places: dict[str, str] = {}  # a frame that a list names twice is one file, and encoded once
         for i, path in enumerate(given):
+            if path in places:
+                continue
             if held is None and not _exists(path):
                 raise MediaError(path, "no such file", "check the path")
-            places.append(os.path.join(folder, f"{i}{os.path.splitext(path)[1]}"))
-            with open(places[-1], "wb") as file:
+            places[path] = os.path.join(folder, f"{i}{os.path.splitext(path)[1]}")
+            with open(places[path], "wb") as file:
                 file.write(read_bytes(path) if held is None else held[i])
         try:
-            yield places[0] if isinstance(media.source, str) else places
+            yield places[given[0]] if isinstance(media.source, str) else [places[p] for p in given]
         except MediaError as error:
-            if error.path not in places:
+            names = {place: path for path, place in places.items()}
+            if error.path not in names:
                 raise
-            name = given[places.index(error.path)]
-            raise MediaError(name, error.cause, error.remedy) from None
+            raise MediaError(names[error.path], error.cause, error.remedy) from None

@@ -8,11 +8,10 @@ A packed record is the record's JSON with one more key, the numbers of the entri
 `sources.PackedSource` reads it.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from array_record.python import array_record_module
@@ -53,56 +52,29 @@ def pack(
       ValueError: for a record that cannot be used, or a folder that holds something.
       MediaError: for a media file that cannot be read, or a folder of frames.
     """
-    if is_remote(os.fspath(folder)):
-        raise ValueError(f"{folder}: packs are written locally; copy it to the bucket afterwards")
-    folder, left_out = Path(folder), set(leave_out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not empty; choose another folder or empty it")
-    if len(left_out & set(range(len(source)))) == len(source):
+    left_out = set(leave_out) & set(range(len(source)))
+    if len(left_out) == len(source):
         raise ValueError(f"{source.path}: every record is left out; there is nothing to pack")
-    folder.mkdir(parents=True, exist_ok=True)
-    places: dict[str, int] = {}
-    digest = hashlib.sha256()
-    with (
-        contextlib.closing(_Shards(folder, "records", _RECORD_OPTIONS, shard_bytes)) as records,
-        contextlib.closing(_Shards(folder, "media", _MEDIA_OPTIONS, shard_bytes)) as media,
-    ):
+    with PackWriter(folder, shard_bytes) as writer:
         for number in range(len(source)):
             if number not in left_out:
                 record = source[number]
-                data = record.to_json()
                 if record.media:
-                    data[MEDIA_ENTRIES] = _add_media(
-                        source, number, record, media_root, media, places
-                    )
-                entry = json.dumps(data, ensure_ascii=False).encode()
-                digest.update(len(entry).to_bytes(8, "little") + entry)
-                records.add(entry)
+                    _add_media(source, number, record, media_root, writer)
+                writer.add(record.to_json(), record.media.paths if record.media else ())
             if progress:
                 progress(number + 1, len(source))
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": digest.hexdigest(),
-        "left_out": len(source) - records.total,
-        "records": records.entries,
-        "media": media.entries,
-    }
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
-    unfinished.replace(folder / MANIFEST)
-    return {"records": records.total, "media": media.total, "bytes": media.bytes}
+        return writer.finish(left_out=len(left_out))
 
 
-def _add_media(source, number, record: Record, media_root, shards, places: dict[str, int]):
-    """Entries of a record's files, adding those that are not there yet."""
-    if not all(path in places for path in record.media.paths):
+def _add_media(source, number, record: Record, media_root, writer: "PackWriter"):
+    """Add a record's files, but for those that are there."""
+    if not all(path in writer.places for path in record.media.paths):
         with local_media(source, number, record.media, media_root) as found:
             found = [found] if isinstance(found, str) else found
             for path, place in zip(record.media.paths, found, strict=True):
-                if path not in places:
-                    places[path] = shards.add(_content(place))
-    return [places[path] for path in record.media.paths]
+                if path not in writer.places:
+                    writer.add_media(path, _content(place))
 
 
 def _content(path: str) -> bytes:
@@ -116,6 +88,93 @@ def _content(path: str) -> bytes:
         raise MediaError(path, "no such file", "check the path") from None
     except OSError as error:
         raise MediaError(path, f"cannot be read ({error.strerror})", "check its rights") from None
+
+
+class PackWriter:
+    """Writes one pack, as a context manager; without `finish`, what it leaves is no pack.
+
+    Attributes:
+      places: {path: number of its entry} of the media added so far.
+    """
+
+    def __init__(self, folder: str | os.PathLike, shard_bytes: int = _SHARD_BYTES):
+        """Make the folder.
+
+        Raises:
+          ValueError: if it is of a bucket, or holds something.
+        """
+        if is_remote(os.fspath(folder)):
+            raise ValueError(
+                f"{folder}: packs are written locally; copy it to the bucket afterwards"
+            )
+        self._folder = Path(folder)
+        if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
+            raise ValueError(
+                f"{folder}: exists and is not empty; choose another folder or empty it"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._records = _Shards(self._folder, "records", _RECORD_OPTIONS, shard_bytes)
+        self._media = _Shards(self._folder, "media", _MEDIA_OPTIONS, shard_bytes)
+        self._digest = hashlib.sha256()
+        self.places: dict[str, int] = {}
+
+    def __enter__(self) -> "PackWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._close()
+
+    def _close(self):
+        try:
+            self._records.close()
+        finally:
+            self._media.close()
+
+    def add_media(self, path: str, content: bytes) -> None:
+        """Add a media file, under the path by which records name it."""
+        self._digest.update(hashlib.sha256(content).digest())
+        self.places[path] = self._media.add(content)
+
+    def add(self, data: dict, paths: Sequence[str] = ()) -> None:
+        """Add a record.
+
+        Args:
+          data: its JSON.
+          paths: of its media, in order, all of them added before.
+        """
+        if paths:
+            data = data | {MEDIA_ENTRIES: [self.places[path] for path in paths]}
+        entry = json.dumps(data, ensure_ascii=False).encode()
+        self._digest.update(len(entry).to_bytes(8, "little") + entry)
+        self._records.add(entry)
+
+    def finish(self, left_out: int = 0) -> dict[str, int]:
+        """Write the manifest, which makes the pack whole.
+
+        Args:
+          left_out: how many records did not come in, for the manifest to say.
+
+        Returns:
+          {"records", "media", "bytes"}: numbers of records and distinct media files, bytes of
+          those.
+        """
+        self._close()
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self._digest.hexdigest(),
+            "left_out": left_out,
+            "records": self._records.entries,
+            "media": self._media.entries,
+        }
+        unfinished = self._folder / f"{MANIFEST}.unfinished"
+        unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
+        unfinished.replace(self._folder / MANIFEST)
+        return {
+            "records": self._records.total,
+            "media": self._media.total,
+            "bytes": self._media.bytes,
+        }
 
 
 class _Shards:

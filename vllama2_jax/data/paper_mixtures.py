@@ -30,6 +30,14 @@ class MixtureRow:
     original: int | None = None
     ratio: float | None = None
 
+    @property
+    def name(self) -> str:
+        """What to call the row: its dataset, or, of several counted together, what they are."""
+        if len(self.datasets) > 1:
+            return f"{self.modality.removesuffix('-text').replace('-', '_')}_{self.task}"
+        name = self.datasets[0].lower().replace("-", "_")
+        return name if self.task == "captioning" else f"{name}_{self.task}"
+
 
 @dataclasses.dataclass(frozen=True)
 class PaperMixture:

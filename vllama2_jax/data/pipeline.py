@@ -14,6 +14,49 @@ _NAMED = 20  # faults that an error lists
 _SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
 
 
+def read_ahead(dataset: grain.MapDataset, workers: int, buffer: int, element_bytes: int):
+    """An iterator over a dataset, whose elements are made ahead; to be closed.
+
+    Grain's defaults, 16 threads and 500 elements ahead, are for records: here an element is a
+    batch or a clip, and one decoder per process leaves nothing for more threads to do.
+
+    Args:
+      dataset: its elements.
+      workers: processes that make them; 0 is a thread of this one.
+      buffer: elements that wait on each side of the way from a worker, or from that thread.
+      element_bytes: about the size of one.
+
+    Raises:
+      ValueError: for too little shared memory.
+    """
+    if not workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)
+        return iter(dataset.to_iter_dataset(options))
+    _check_shared_memory(workers, buffer, element_bytes)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # outside absl's `app.run` Grain's own flags are unread
+    # While a worker hands one element over, a thread of it makes the next.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    processes = grain.MultiprocessingOptions(workers, buffer)
+    return iter(dataset.to_iter_dataset(options).mp_prefetch(processes))
+
+
+def _check_shared_memory(workers: int, buffer: int, element_bytes: int):
+    """Workers hand their arrays over in shared memory; one that finds none left just dies."""
+    # Of each worker those that wait on both sides of the way and at its ends; and the one in use
+    # (Grain 0.2.18, as counted in /dev/shm).
+    needed = element_bytes * (workers * (2 * buffer + 2) + 1)
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return  # not Linux: no such bound is known
+    if needed > free:
+        raise ValueError(
+            f"{workers} workers need {needed >> 20} MiB of shared memory and {_SHARED_MEMORY} has "
+            f"{free >> 20} MiB free; enlarge it (docker: --shm-size) or take fewer workers"
+        )
+
+
 class TooManyFaults(ValueError):
     """More records cannot be read than the run allows; the message names them."""
 
@@ -24,6 +67,7 @@ class Feed:
     A checkpoint needs the number of the next step and nothing else.
 
     Attributes:
+      assembler: makes this host's batches.
       faults: {(source, number): Fault} of the records met so far that cannot be read.
     """
 
@@ -33,7 +77,7 @@ class Feed:
         assembler: Assembler,
         *,
         workers: int = 0,
-        buffer: int = 2,
+        buffer: int = 1,
         max_faults: int = 100,
     ):
         """Set up, without reading anything.
@@ -43,7 +87,8 @@ class Feed:
           assembler: makes this host's batches.
           workers: processes that read and decode, each with a decoder of its own; 0 is a thread
             of this process. A script that uses them must guard its entry with `__main__`.
-          buffer: batches that each worker prepares ahead.
+          buffer: batches that wait on each side of the way from a worker; with those that it
+            holds itself, each is up to 2 * `buffer` + 4 batches ahead.
           max_faults: distinct records of this host that may turn out unreadable, since the start
             of this process.
 
@@ -61,7 +106,7 @@ class Feed:
                 f"the schedule plans {schedule.max_clips} clips per row, the assembler has slots "
                 f"for {assembler.max_clips}; give both the same"
             )
-        self._schedule, self._assembler = schedule, assembler
+        self._schedule, self.assembler = schedule, assembler
         self._workers, self._buffer, self._max_faults = workers, buffer, max_faults
         self.faults: dict[tuple[int, int], Fault] = {}
 
@@ -83,41 +128,14 @@ class Feed:
             )
         if start == len(self):
             return
-        with contextlib.closing(self._iterate(start)) as iterator:
+        maker = self.assembler
+        frames = self._schedule.rows // maker.hosts * maker.max_clips * maker.num_frames
+        how = (self._workers, self._buffer, frames * 3 * maker.image_size**2)
+        steps = grain.MapDataset.source(self._schedule)[start:].map(maker)
+        with contextlib.closing(read_ahead(steps, *how)) as iterator:
             for batch in iterator:
                 self._count(batch.faults)
                 yield batch
-
-    def _iterate(self, start: int):
-        steps = grain.MapDataset.source(self._schedule)[start:].map(self._assembler)
-        # Grain's defaults, 16 threads and 500 elements ahead, are for records, not for batches;
-        # and one decoder per process leaves nothing for more threads to do.
-        if not self._workers:
-            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._buffer)
-            return iter(steps.to_iter_dataset(options))
-        self._check_shared_memory()
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # outside absl's `app.run` Grain's own flags are unread
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        processes = grain.MultiprocessingOptions(self._workers, self._buffer)
-        return iter(steps.to_iter_dataset(options).mp_prefetch(processes))
-
-    def _check_shared_memory(self):
-        """Workers hand their arrays over in shared memory; one that finds none left just dies."""
-        maker = self._assembler
-        frames = self._schedule.rows // maker.hosts * maker.max_clips * maker.num_frames
-        # Per worker the buffered batches, the one in the making and the one in use.
-        needed = frames * 3 * maker.image_size**2 * self._workers * (self._buffer + 2)
-        try:
-            free = shutil.disk_usage(_SHARED_MEMORY).free
-        except OSError:
-            return  # not Linux: no such bound is known
-        if needed > free:
-            raise ValueError(
-                f"{self._workers} workers need {needed >> 20} MiB of shared memory and "
-                f"{_SHARED_MEMORY} has {free >> 20} MiB free; enlarge it (docker: --shm-size) or "
-                "take fewer workers"
-            )
 
     def _count(self, faults: Sequence[Fault]):
         for fault in faults:

@@ -105,6 +105,10 @@ class Schedule:
         )
         return Step(int(number), plan.length, rows)
 
+    def slots(self, source: int, record: int) -> int:
+        """Slots that a record takes."""
+        return int(min(self._lengths[self._begins[source] + record], self._how["max_length"]))
+
     def __getstate__(self) -> dict:
         """All but the planned window, which would travel to every worker."""
         return {**self.__dict__, "_cached": None}

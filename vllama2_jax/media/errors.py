@@ -42,9 +42,12 @@ class Limits:
       max_frames: distinct frames that one clip may hold (a guard of memory in fps mode, where the
         preset itself does not cut).
       max_seconds: wall-clock seconds of one read; the decoder is killed when they are over.
+      max_threads: threads of FFmpeg; 0 is one per core. Side by side, as in the workers of a
+        training run, decoders with one thread each read more than decoders with many.
     """
 
     max_bytes: int = 8 << 30
     max_pixels: int = 64_000_000
     max_frames: int = 1024
     max_seconds: float = 120.0
+    max_threads: int = 0

@@ -114,7 +114,7 @@ class VideoFile:
             raise MediaError(
                 self.path, "its video codec is not known to FFmpeg", "convert it to H.264"
             )
-        streams[0].thread_type, streams[0].thread_count = "AUTO", 0
+        streams[0].thread_type, streams[0].thread_count = "AUTO", self._limits.max_threads
         return streams[0]
 
     def _check_size(self, width: int, height: int):

@@ -146,8 +146,8 @@ def config_from_dict(cls, data: dict):
     """Rebuild a config dataclass from `config_to_dict`, strictly.
 
     Args:
-      cls: the dataclass; its fields are int, float, str, bool, tuples, other dataclasses, or one
-        of these or None.
+      cls: the dataclass; its fields are int, float, str, bool, tuples, other dataclasses, one of
+        these or None, or one of several dataclasses that differ in their fields.
       data: plain JSON types; a whole number will do for a float, nothing else is converted.
 
     Raises:
@@ -199,8 +199,8 @@ def _value(kind, value, path: str, problems: list[str]):
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in typing.get_args(kind):
             return None
-        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-        return _value(kind, value, path, problems)
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return _value(_fitting(kinds, value), value, path, problems)
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if isinstance(value, list | tuple):
@@ -223,6 +223,18 @@ def _value(kind, value, path: str, problems: list[str]):
         return float(value)
     problems.append(f"{path} must be {_IN_WORDS[kind]}, not {value!r}")
     return _ABSENT
+
+
+def _fitting(kinds: list, value):
+    """The first of several dataclasses that has all the fields of `value`, or the first."""
+    names = set(value) if isinstance(value, dict) else set()
+    return next(
+        (k for k in kinds[1:] if names <= _names(k) and not names <= _names(kinds[0])), kinds[0]
+    )
+
+
+def _names(cls) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

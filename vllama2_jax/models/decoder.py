@@ -14,16 +14,10 @@ import jax.numpy as jnp
 from vllama2_jax.models.attention import attend
 from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import DecoderConfig
-from vllama2_jax.models.matmul import dense_dot
+from vllama2_jax.models.linear import Linear
 from vllama2_jax.models.moe import MoE
 from vllama2_jax.models.remat import rematerialised
 from vllama2_jax.models.rope import apply_rope, rope_tables
-
-_INIT = nn.initializers.normal(0.02)
-
-
-def _named(init, *axes):
-    return nn.with_logical_partitioning(init, axes)
 
 
 def _write(cached, new, end):
@@ -49,9 +43,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Normalise `x` [..., W] over its last axis."""
-        scale = self.param(
-            "scale", _named(nn.initializers.ones, "norm"), (x.shape[-1],), self.param_dtype
-        )
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return x.astype(self.dtype) * scale.astype(self.dtype)
@@ -66,14 +59,12 @@ class Attention(nn.Module):
     backend: str
 
     def _heads(self, name, count, axis):
-        return nn.DenseGeneral(
+        return Linear(
             (count, self.config.head_dim),
-            dot_general=dense_dot,
+            ("embed", axis, "head_dim"),
+            self.dtype,
+            self.param_dtype,
             use_bias=self.config.qkv_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_named(_INIT, "embed", axis, "head_dim"),
-            bias_init=_named(nn.initializers.zeros, axis, "head_dim"),
             name=name,
         )
 
@@ -118,14 +109,12 @@ class Attention(nn.Module):
                 mixed = over_the_cache()
             else:  # the first prompt need not look at a cache that holds nothing else
                 mixed = jax.lax.cond(cache.end == 0, among_new_tokens, over_the_cache)
-        out = nn.DenseGeneral(
-            c.width,
-            dot_general=dense_dot,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_named(_INIT, "heads", "head_dim", "embed"),
+        out = Linear(
+            (c.width,),
+            ("heads", "head_dim", "embed"),
+            self.dtype,
+            self.param_dtype,
+            num_inputs=2,
             name="out",
         )(mixed)
         return out, layer_kv
@@ -138,23 +127,15 @@ class MLP(nn.Module):
     dtype: Any
     param_dtype: Any
 
-    def _dense(self, name, features, *axes):
-        return nn.Dense(
-            features,
-            dot_general=dense_dot,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_named(_INIT, *axes),
-            name=name,
-        )
+    def _linear(self, name, features, *names):
+        return Linear((features,), names, self.dtype, self.param_dtype, name=name)
 
     @nn.compact
     def __call__(self, x):
         """Transform `x` [B, L, W] token by token."""
-        gate = self._dense("gate", self.config.mlp_dim, "embed", "mlp")(x)
-        up = self._dense("up", self.config.mlp_dim, "embed", "mlp")(x)
-        return self._dense("down", self.config.width, "mlp", "embed")(nn.silu(gate) * up)
+        gate = self._linear("gate", self.config.mlp_dim, "embed", "mlp")(x)
+        up = self._linear("up", self.config.mlp_dim, "embed", "mlp")(x)
+        return self._linear("down", self.config.width, "mlp", "embed")(nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -237,18 +218,13 @@ class Decoder(nn.Module):
             c.width,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=_named(_INIT, "vocab", "embed"),
+            embedding_init=nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("vocab", "embed")
+            ),
         )
         self.final_norm = RMSNorm(c.norm_eps, *types)
         if not c.tie_embeddings:
-            self.lm_head = nn.Dense(
-                c.vocab_size,
-                dot_general=dense_dot,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=_named(_INIT, "embed", "vocab"),
-            )
+            self.lm_head = Linear((c.vocab_size,), ("embed", "vocab"), *types)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings [B, L, W] in `dtype` of `tokens` int32 [B, L]."""

@@ -7,6 +7,7 @@ flattened there first. On other platforms the product stays as it is, since flat
 axes that are sharded apart. Measured in docs/decisions/convolutions.md.
 """
 
+import functools
 import math
 
 import jax
@@ -49,4 +50,10 @@ def dense_dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers, precision=None,
         )
         return product.reshape(*rows, *columns)
 
-    return lax.platform_dependent(lhs, rhs, cpu=flattened, default=as_given)
+    # The backward pass shall get the operands as they came. Otherwise they come out of the choice
+    # of a platform, as new arrays, and a scan over layers stacks every kernel a second time.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def chosen(lhs, rhs):
+        return lax.platform_dependent(lhs, rhs, cpu=flattened, default=as_given)
+
+    return chosen(lhs, rhs)

@@ -33,6 +33,7 @@ class Batch:
       clip_mask: bool [B, K]; False where a clip slot is unused.
       targets: int32 [B, L]; the id that each slot predicts (training only).
       target_weights: float32 [B, L]; 0 where nothing is learnt (training only).
+      dataset_ids: int32 [B, L]; which dataset each slot is of, to tell their losses apart.
     """
 
     tokens: jax.Array
@@ -44,6 +45,7 @@ class Batch:
     clip_mask: jax.Array
     targets: jax.Array | None = None
     target_weights: jax.Array | None = None
+    dataset_ids: jax.Array | None = None
 
 
 def splice(text: jax.Array, media: jax.Array, media_index: jax.Array) -> jax.Array:

@@ -191,6 +191,16 @@ ZOO = {
 }
 
 
+# What published models were made of: the repositories of tower and language model.
+PUBLISHED_PARTS = {
+    "2-7B": ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.2"),
+    "2-7B-16F": ("openai/clip-vit-large-patch14-336", "mistralai/Mistral-7B-Instruct-v0.2"),
+    "2-8x7B": ("openai/clip-vit-large-patch14-336", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+    "2-72B": ("openai/clip-vit-large-patch14-336", "Qwen/Qwen2-72B-Instruct"),
+    "2.1-7B-16F": ("google/siglip-so400m-patch14-384", "Qwen/Qwen2-7B-Instruct"),
+}
+
+
 def model_config(name: str) -> VLlama2Config:
     """The shape of a published model; accepts `2-8x7B` and `VideoLLaMA2-8x7B` alike.
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import queue
+import signal
 import sys
 import threading
 import time
@@ -23,10 +24,17 @@ def run_steps(
     *,
     label: str,
     num_steps: int,
-    log: Callable[[dict], None] | None = None,
+    log: Callable[[dict], str | None] | None = None,
     names: Callable[[int], Sequence[str]] | None = None,
+    examine: Callable[[int, TrainState], dict] | None = None,
+    keep: Callable[[TrainState, dict], None] | None = None,
+    due: Callable[[int], bool] = lambda number: False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Take `num_steps` steps.
+    """Take `num_steps` steps, or fewer when told to stop.
+
+    The numbers of a step are read while the next one runs, so that the device never waits for them,
+    but for steps at which something is due.
 
     Args:
       step: of `make_step`.
@@ -35,12 +43,19 @@ def run_steps(
       batches: at least `num_steps` of them; consumed, and a generator is closed.
       label: what the bar says.
       num_steps: how many to take.
-      log: called after each step with {"step", "seconds", and the step's metrics}, numbers.
+      log: called after each step, in order, with {"step", "seconds", and the step's metrics},
+        numbers; what it returns stands beside the bar.
       names: step -> the ids of its batch's records, asked only when that step fails. Steps count as
         in `log`: the batch that makes `state.step` 1 is step 1's.
+      examine: called with a step and the state behind it, where something is due; what it returns
+        joins the step's numbers.
+      keep: called with the state and the step's numbers where something is due, after `log`, so
+        that what is logged is never behind what is kept.
+      due: whether `examine` and `keep` are called behind a step; they are behind the last.
+      stop: asked after each step; once true, that step was the last.
 
     Returns:
-      The state behind the last step.
+      The state behind the last step taken.
 
     Raises:
       FloatingPointError: as soon as a loss or gradient is not finite, naming step and records.
@@ -50,6 +65,20 @@ def run_steps(
     taken = int(state.step)
     last = taken + num_steps
     source = prefetch(iter(batches))
+    clock = time.perf_counter()
+
+    def read(number: int, metrics: dict) -> dict:
+        """The numbers of a step, once it is done."""
+        nonlocal clock
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        _check_finite(metrics, label, number, names)
+        before, clock = clock, time.perf_counter()
+        return {"step": number, **metrics, "seconds": clock - before}
+
+    def show(record: dict) -> None:
+        words = (log(record) if log else None) or ""
+        bar.update(task, completed=record["step"] - taken, loss=record["loss"], words=words)
+
     # However the run ends, the thread that prepares its batches ends with it.
     with (
         contextlib.closing(source),
@@ -57,25 +86,65 @@ def run_steps(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("loss {task.fields[loss]:.3f} {task.fields[words]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         ) as bar,
     ):
-        task = bar.add_task(label, total=num_steps, loss=float("nan"))
+        task = bar.add_task(label, total=num_steps, loss=float("nan"), words="")
+        unread = None
         for number in range(taken + 1, last + 1):
-            start = time.perf_counter()
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"{label}: the batches ran out before step {number} of {last}")
             state, metrics = step(state, frozen, batch)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            _check_finite(metrics, label, number, names)
-            bar.update(task, advance=1, loss=metrics["loss"])
-            if log:
-                log({"step": number, **metrics, "seconds": time.perf_counter() - start})
+            if unread:
+                show(read(*unread))
+            unread = (number, metrics)
+            stopping = stop()
+            if stopping or number == last or due(number):
+                record, unread = read(*unread), None
+                if examine:
+                    record |= examine(number, state)
+                show(record)
+                if keep:
+                    keep(state, record)
+                clock = time.perf_counter()  # none of that is a part of the next step
+            if stopping:
+                break
     return state
+
+
+class StopSignals:
+    """Turns SIGTERM and SIGINT into a request to stop; a second one acts at once.
+
+    A context manager; `bool` of it says whether a signal came. Outside the main thread, where
+    Python takes no signals, it does nothing.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._before: dict = {}
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._receive) for s in self._SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number)
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
 
 
 def _check_finite(metrics, label: str, number: int, names) -> None:

@@ -85,18 +85,18 @@ def cross_entropy(
       targets: int32 [...]; anything where the weight is 0.
       weights: float32 [...]; 0 leaves a slot out.
     """
-    return _sums(logits, targets, weights)[0], weights.sum()
+    return (_losses(logits, targets, weights)[0] * weights).sum(), weights.sum()
 
 
-def _sums(logits, targets, weights) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of -log p(target) and of (log Z)^2."""
+def _losses(logits, targets, weights) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) and (log Z)^2 of each slot, both 0 where the weight is."""
     logits = logits.astype(jnp.float32)
     # An id outside of the vocabulary gives NaN, which counts only where there is a weight.
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     log_z = jax.nn.logsumexp(logits, axis=-1)
     losses = jnp.where(weights > 0, log_z - picked, 0.0)
     squares = jnp.where(weights > 0, log_z, 0.0) ** 2
-    return (losses * weights).sum(), (squares * weights).sum()
+    return losses, squares
 
 
 def chunked_cross_entropy(
@@ -122,35 +122,38 @@ def chunked_cross_entropy(
       chunk: slots; with None, or where L is no more, rows are projected whole.
 
     Returns:
-      Float32 scalars: the weighted sums of -log p(target) and of (log Z)^2.
+      Float32 [B, L]: -log p(target) and (log Z)^2 of each slot, both 0 where the weight is.
     """
     length = hidden.shape[1]
     if chunk is None or length <= chunk:
-        return _sums(project(head, hidden), targets, weights)
+        return _losses(project(head, hidden), targets, weights)
     count = -(-length // chunk)
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
+    def join(x):
+        return x.swapaxes(0, 1).reshape(x.shape[1], count * chunk)[:, :length]
+
     # Reverse-mode scan adds the gradient of what it closes over in that array's own dtype.
     wide = jax.tree.map(_widened, head)
     dtypes = jax.tree.map(lambda x: x.dtype, head)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def chunk_sums(wide, hidden, targets, weights):
+    def chunk_losses(wide, hidden, targets, weights):
         narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), wide, dtypes)
         return jax.lax.cond(
             (weights > 0).any(),
-            lambda: _sums(project(narrow, hidden), targets, weights),
-            lambda: (jnp.zeros(()), jnp.zeros(())),
+            lambda: _losses(project(narrow, hidden), targets, weights),
+            lambda: (jnp.zeros(weights.shape), jnp.zeros(weights.shape)),
         )
 
-    def body(sums, part):
-        return jax.tree.map(jnp.add, sums, chunk_sums(wide, *part)), None
+    def body(_, part):
+        return None, chunk_losses(wide, *part)
 
-    start = (jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(body, start, (split(hidden), split(targets), split(weights)))[0]
+    parts = (split(hidden), split(targets), split(weights))
+    return jax.tree.map(join, jax.lax.scan(body, None, parts)[1])
 
 
 def _widened(x):
@@ -162,7 +165,11 @@ _ENTROPY_ALONE = LossConfig()
 
 
 def batch_loss(
-    model: VLlama2, params: dict, batch: Batch, config: LossConfig = _ENTROPY_ALONE
+    model: VLlama2,
+    params: dict,
+    batch: Batch,
+    config: LossConfig = _ENTROPY_ALONE,
+    datasets: tuple[str, ...] = (),
 ) -> LossSums:
     """Cross entropy over the supervised tokens of a batch, and what `config` adds to it.
 
@@ -173,11 +180,13 @@ def batch_loss(
       params: all of its parameters, nested.
       batch: with `targets` and `target_weights`.
       config: see there.
+      datasets: names of those that the batch's `dataset_ids` number.
 
     Returns:
       Sums weighted by `target_weights`. `parts` names cross_entropy, z_loss and load_balancing
       (without their coefficients) as far as they are on; `counts` the slots that are not padding
-      (`tokens`) and those of them that are learnt (`supervised_tokens`).
+      (`tokens`) and those of them that are learnt (`supervised_tokens`), and of each dataset the
+      sums of its cross entropy and weights (`dataset_losses`).
 
     Raises:
       ValueError: for `load_balancing` and a decoder without experts.
@@ -205,6 +214,10 @@ def batch_loss(
         config.chunk,
     )
     weight, attended = weights.sum(), batch.segment_ids > 0
+    counts = {"tokens": attended.sum(dtype=jnp.float32)}
+    counts["supervised_tokens"] = (weights > 0).sum(dtype=jnp.float32)
+    counts |= _by_dataset(entropy * weights, weights, batch.dataset_ids, datasets)
+    entropy, squares = (entropy * weights).sum(), (squares * weights).sum()
     total, parts = entropy, {"cross_entropy": entropy}
     if config.z_loss:
         parts["z_loss"] = squares
@@ -215,7 +228,33 @@ def batch_loss(
         balance = load_balancing_loss(router_logits[0], model.config.decoder.top_k, counted)
         parts["load_balancing"] = balance * weight
         total += config.load_balancing * balance * weight
-    counts = {"tokens": attended, "supervised_tokens": weights > 0}
-    return LossSums(
-        total, weight, parts, {name: x.sum(dtype=jnp.float32) for name, x in counts.items()}
-    )
+    return LossSums(total, weight, parts, counts)
+
+
+_LOSS_OF, _WEIGHT_OF = "loss_sum/", "weight_sum/"
+
+
+def _by_dataset(losses, weights, dataset_ids, datasets: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Sums over the slots of each dataset; scalars, named by `dataset_losses`."""
+    if not datasets:
+        return {}
+    sums = [
+        jax.ops.segment_sum(x.reshape(-1), dataset_ids.reshape(-1), len(datasets))
+        for x in (losses, weights)
+    ]
+    return {
+        prefix + name: values[i]
+        for prefix, values in zip((_LOSS_OF, _WEIGHT_OF), sums, strict=True)
+        for i, name in enumerate(datasets)
+    }
+
+
+def dataset_losses(metrics: dict[str, float]) -> dict[str, float]:
+    """The same metrics, with the sums of each dataset that occurs as its mean, `loss/<dataset>`."""
+    means = {
+        f"loss/{name.removeprefix(_LOSS_OF)}": value / metrics[_WEIGHT_OF + name[len(_LOSS_OF) :]]
+        for name, value in metrics.items()
+        if name.startswith(_LOSS_OF) and metrics[_WEIGHT_OF + name[len(_LOSS_OF) :]] > 0
+    }
+    kept = {n: v for n, v in metrics.items() if not n.startswith((_LOSS_OF, _WEIGHT_OF))}
+    return kept | means

@@ -1,6 +1,7 @@
 """AdamW under a cosine schedule with warm-up, over what trains and nothing else."""
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -18,39 +19,42 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: at the peak.
-      steps: of the whole run.
-      warmup_steps: linear, from 0 at step 0.
+      warmup_ratio: share of the steps that warm up, linearly from 0 at the first; rounded up.
       weight_decay: decoupled, times the learning rate; of all but biases and norm scales.
       b1, b2, eps: of Adam.
       clip_norm: upper limit of the gradients' global norm; None does not clip.
     """
 
     learning_rate: float
-    steps: int
-    warmup_steps: int
+    warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float | None = None
 
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio {self.warmup_ratio} must be at least 0 and below 1")
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Step -> learning rate: linear from 0, then half a cosine down to 0 at `steps`."""
-    if not 0 <= config.warmup_steps < config.steps:
-        raise ValueError(
-            f"warmup_steps {config.warmup_steps} must be at least 0 and below steps {config.steps}"
-        )
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step (from 0) -> learning rate: linear from 0, then half a cosine down to 0 at `steps`.
+
+    The same as `transformers.get_cosine_schedule_with_warmup`. A run too short to warm up and to
+    come down does not warm up.
+    """
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if warmup >= steps:
+        warmup = 0
     return optax.warmup_cosine_decay_schedule(
-        0.0 if config.warmup_steps else config.learning_rate,
-        config.learning_rate,
-        config.warmup_steps,
-        config.steps,
+        0.0 if warmup else config.learning_rate, config.learning_rate, warmup, steps
     )
 
 
 def make_optimizer(
-    config: OptimizerConfig, assigned: dict[str, Rule]
+    config: OptimizerConfig, steps: int, assigned: dict[str, Rule]
 ) -> optax.GradientTransformation:
     """The update rule for the flat dict of trainable parameters that `partition` returns."""
     parts = []
@@ -64,7 +68,7 @@ def make_optimizer(
                 mask=lambda params: {p: p.rsplit("/", 1)[-1] not in _NOT_DECAYED for p in params},
             )
         )
-    parts.append(optax.scale_by_learning_rate(learning_rate(config)))
+    parts.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
     if any(rule.lr_scale != 1 for rule in assigned.values()):
         parts.append(
             optax.stateless(

@@ -1,163 +1,208 @@
-"""Give a small tower and connector something to say, before a decoder has to listen to them.
+"""Give a small model the past that the published parts come with, from random parameters.
 
-The published towers come trained on pairs of pictures and captions, and the published connectors
-meet decoders that have read the internet. At the size of `tiny` neither is so: behind a decoder,
-tower and connector learn slowly. So linear heads, thrown away afterwards, read colour and shape
-from the tower's features of every patch, and what a clip is about from the mean of the connector's
-tokens.
+    python -m vllama2_jax.train.schooling --out runs/tiny_start
+
+The published towers come trained on pairs of pictures and captions, the published language models
+have read the internet. At the size of `tiny` neither is so: behind a decoder, tower and connector
+learn slowly. So each first learns by itself, tower and connector behind heads of their own
+(`heads.py`), and the decoder from scenes told in words, with questions about them. What comes out
+is a saved model, with which `configs/tiny_video_pretrain.py` begins.
 """
 
-from collections.abc import Iterator
+import argparse
+import dataclasses
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import optax
 
-from vllama2_jax.data.toybox_scenes import (
-    CHANGES,
-    COLOURS,
-    COUNTS,
-    DIRECTIONS,
-    SHAPES,
-    Moment,
-    Scene,
-    render,
-    sample_scene,
-)
+from vllama2_jax.checkpoints import CheckpointError, GenerationDefaults, ModelCard, save_model
+from vllama2_jax.data.toybox_labels import labelled_clips, picture_batches
+from vllama2_jax.data.toybox_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
+from vllama2_jax.media.image import ImageSpec
+from vllama2_jax.media.preset import REFERENCE
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.models.vit import VisionTower, normalise
 from vllama2_jax.models.vllama2 import VLlama2
-from vllama2_jax.train.loss import cross_entropy
-from vllama2_jax.train.toybox_feed import noisy, training_scene
+from vllama2_jax.models.zoo import model_config
+from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
+from vllama2_jax.train.config import DataConfig, ToyboxConfig
+from vllama2_jax.train.feeding import make_feeding
+from vllama2_jax.train.heads import HEADS_OF, connector_loss, make_heads, tower_loss
+from vllama2_jax.train.loop import run_steps
+from vllama2_jax.train.loss import batch_loss
+from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
+from vllama2_jax.train.start import PARTS, random_parts
+from vllama2_jax.train.step import TrainState, init_state, make_step
+from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
 
-# One more class each for the background.
-PATCH_HEADS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1}
-CLIP_HEADS = {
-    "first_colour": len(COLOURS),
-    "first_shape": len(SHAPES),
-    "last_colour": len(COLOURS),
-    "last_shape": len(SHAPES),
-    "motion": len(DIRECTIONS),
-    "count": len(COUNTS),
-    "change": len(CHANGES),
-}
-_NAMES = {"colour": tuple(COLOURS), "shape": SHAPES}
-_FACTS = {"motion": DIRECTIONS, "count": COUNTS, "change": CHANGES}
-_REACH = 0.8  # of a thing's radius; patches whose centres lie further out are left to be guessed
-
-
-def make_heads(sizes: dict[str, int], width: int, seed: int) -> dict[str, jax.Array]:
-    """New linear heads, {name: [width, classes]}."""
-    keys = jax.random.split(jax.random.key(seed), len(sizes))
-    return {
-        name: jax.random.normal(key, (width, classes)) * width**-0.5
-        for key, (name, classes) in zip(keys, sizes.items(), strict=True)
-    }
+_HEADS = "heads"
+_TEMPLATE = "chatml"
+_READING = DataConfig(
+    sources=(ToyboxConfig("text", records=30_000, kind="text"),),
+    max_length=192,
+    buckets=(192,),
+    packing=True,
+    workers=0,
+)
 
 
-def tower_loss(config: VLlama2Config, params: dict, batch: dict[str, jax.Array]) -> jax.Array:
-    """Sum over `PATCH_HEADS` of the mean cross entropy over patches.
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What one part of the network learns by itself.
+
+    Attributes:
+      part: "vision", "connector" or "decoder"; it and its heads train, the rest is frozen.
+      steps: how many.
+      rows: of a batch.
+      optimizer: how.
+    """
+
+    part: str
+    steps: int
+    rows: int
+    optimizer: OptimizerConfig
+
+
+def _lesson(part, learning_rate, warmup_ratio, steps, rows) -> Lesson:
+    optimizer = OptimizerConfig(learning_rate, warmup_ratio, b2=0.95, clip_norm=1.0)
+    return Lesson(part, steps, rows, optimizer)
+
+
+LESSONS = (
+    _lesson("vision", 2e-3, 0.04, steps=1200, rows=32),
+    _lesson("connector", 3e-3, 0.025, steps=1200, rows=24),
+    _lesson("decoder", 2e-3, 0.03, steps=900, rows=16),
+)
+
+
+def school(
+    config: VLlama2Config, out: str | Path, lessons: Sequence[Lesson] = LESSONS, seed: int = 0
+) -> None:
+    """Make a model, teach it, and save it with float32 arrays.
 
     Args:
-      config: of the model.
-      params: {"vision", "heads"}.
-      batch: of `picture_batches`.
+      config: the network.
+      out: a new directory for the model.
+      lessons: one after the other.
+      seed: of parameters and data.
+
+    Raises:
+      CheckpointError: if `out` holds something.
     """
-    frames = normalise(batch["frames"], config.vision)
-    features = VisionTower(config.vision).apply({"params": params["vision"]}, frames)
-    total = jnp.zeros(())
-    for name in PATCH_HEADS:
-        logits = features @ params["heads"][name]
-        losses, count = cross_entropy(logits, batch[name], batch["weights"])
-        total += losses / count
-    return total
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not empty; choose another or remove it")
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(Path(folder) / "tokenizer.model")
+        tokenizer = load_tokenizer(folder)
+        params = random_parts(config, list(PARTS), seed, None, narrow=True)
+        for lesson in lessons:
+            begin = time.perf_counter()
+            params, losses = teach(lesson, params, model_card(config, tokenizer), tokenizer, seed)
+            seconds = time.perf_counter() - begin
+            print(
+                f"{lesson.part}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
+                f"{seconds:.0f} s"
+            )
+        save_model(out, params, model_card(config, tokenizer), tokenizer_files(folder))
 
 
-def connector_loss(config: VLlama2Config, params: dict, batch: dict[str, jax.Array]) -> jax.Array:
-    """Sum over `CLIP_HEADS` of the mean cross entropy over the clips that a head is about.
+def teach(
+    lesson: Lesson, params: dict, card: ModelCard, tokenizer: Tokenizer, seed: int
+) -> tuple[dict, list[float]]:
+    """Train one part.
 
     Args:
-      config: of the model.
-      params: {"vision", "connector", "heads"}.
-      batch: of `labelled_clips`.
+      lesson: which part, and how.
+      params: of the network, a nested dict of float32 arrays.
+      card: of the model.
+      tokenizer: of the model.
+      seed: of heads and data.
+
+    Returns:
+      The parameters, and the loss of every step.
     """
-    parts = {name: params[name] for name in ("vision", "connector")}
-    tokens = VLlama2(config).apply(
-        {"params": parts}, batch["frames"], batch["clip_frames"], method="encode"
+    state, frozen, optimizer = begin_lesson(lesson, params, card.config, seed)
+    losses = []
+    with tempfile.TemporaryDirectory() as folder:
+        loss, batches = make_task(lesson, card, tokenizer, seed, folder)
+        state = run_steps(
+            make_step(loss, optimizer),
+            state,
+            frozen,
+            batches,
+            label=lesson.part,
+            num_steps=lesson.steps,
+            log=lambda record: losses.append(record["loss"]),
+        )
+    params = combine(state.trainable, frozen)
+    params.pop(_HEADS, None)
+    return params, losses
+
+
+def begin_lesson(
+    lesson: Lesson, params: dict, config: VLlama2Config, seed: int
+) -> tuple[TrainState, dict, optax.GradientTransformation]:
+    """What trains, new heads included, what is frozen, and the optimizer (see `teach`)."""
+    heads = HEADS_OF[lesson.part]
+    if heads:
+        width = config.vision.width if lesson.part == "vision" else config.connector.out_dim
+        params = {**params, _HEADS: make_heads(heads, width, seed)}
+    taught = f"({lesson.part}|{_HEADS})/.*" if heads else f"{lesson.part}/.*"
+    assigned = assign_rules((Rule(taught, "train"), Rule(".*", "freeze")), params)
+    trainable, frozen = partition(params, assigned)
+    optimizer = make_optimizer(lesson.optimizer, lesson.steps, assigned)
+    return init_state(trainable, optimizer), frozen, optimizer
+
+
+def make_task(
+    lesson: Lesson, card: ModelCard, tokenizer: Tokenizer, seed: int, folder: str | Path
+) -> tuple[Callable, Iterator]:
+    """The loss of a lesson, as `make_step` takes it, and its batches; `folder` keeps an index."""
+    config, size = card.config, card.config.vision.image_size
+    if lesson.part == "vision":
+        batches = picture_batches(size, config.vision.grid, lesson.rows, seed)
+        return functools.partial(tower_loss, config), batches
+    if lesson.part == "connector":
+        return functools.partial(connector_loss, config), labelled_clips(size, lesson.rows, seed)
+    feeding = make_feeding(
+        _READING,
+        card,
+        tokenizer,
+        rows=lesson.rows,
+        seed=seed,
+        index_folder=folder,
+        steps=lesson.steps,
     )
-    half = tokens.shape[1] // 2  # tokens are ordered by time
-    pooled = {"first": tokens[:, :half].mean(1), "last": tokens[:, half:].mean(1)}
-    whole = (pooled["first"] + pooled["last"]) / 2
-    total = jnp.zeros(())
-    for name in CLIP_HEADS:
-        asked = (batch[name] >= 0).astype(jnp.float32)
-        logits = pooled.get(name.split("_")[0], whole) @ params["heads"][name]
-        losses, count = cross_entropy(logits, jnp.maximum(batch[name], 0), asked)
-        total += losses / jnp.maximum(count, 1)
-    return total
+    return functools.partial(batch_loss, VLlama2(config)), feeding.batches(0)
 
 
-def picture_batches(config: VLlama2Config, rows: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches: frames uint8 [B, S, S, 3], and what `patch_labels` says, [B, N] each."""
-    number = 0
-    while True:
-        rng = np.random.default_rng([seed, 3, number])
-        frames, labels = [], []
-        for _ in range(rows):
-            scene = sample_scene(rng, "train")
-            moment = int(rng.integers(len(scene.moments)))
-            labels.append(patch_labels(scene.moments[moment], config.vision.grid))
-            frames.append(noisy(render(scene, config.vision.image_size)[moment], rng))
-        yield {"frames": np.stack(frames), **_stack(labels)}
-        number += 1
+def model_card(config: VLlama2Config, tokenizer: Tokenizer) -> ModelCard:
+    """What the saved model says about itself."""
+    vision = config.vision
+    return ModelCard(
+        config=config,
+        image=ImageSpec(vision.image_size, "stretch", vision.image_mean, vision.image_std),
+        preset=REFERENCE,
+        generation=GenerationDefaults(
+            stop_ids=tuple(tokenizer.encode(text)[0] for text in (TURN_END, END_OF_TEXT))
+        ),
+        template=_TEMPLATE,
+        tokenizer=tokenizer.fingerprint(),
+    )
 
 
-def labelled_clips(config: VLlama2Config, rows: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches: frames, clip_frames (as in `Batch`), and what `clip_labels` says, [B]."""
-    steps = np.arange(config.num_frames, dtype=np.int32)
-    clip_frames = np.broadcast_to(steps, (rows, 1, config.num_frames))
-    number = 0
-    while True:
-        rng = np.random.default_rng([seed, 4, number])
-        frames, labels = [], []
-        for _ in range(rows):
-            scene = training_scene(rng)
-            labels.append(clip_labels(scene))
-            frames.append(noisy(render(scene, config.vision.image_size), rng))
-        yield {"frames": np.stack(frames), "clip_frames": clip_frames, **_stack(labels)}
-        number += 1
+def main(arguments: Sequence[str] | None = None) -> None:
+    """School the zoo's `tiny`."""
+    parser = argparse.ArgumentParser(description="Make the model that `tiny` begins with.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    school(model_config("tiny"), options.out, seed=options.seed)
 
 
-def clip_labels(scene: Scene) -> dict[str, np.int32]:
-    """The class of each of `CLIP_HEADS`; -1 where it has no answer."""
-    labels = dict.fromkeys(CLIP_HEADS, -1)
-    if scene.family != "count":
-        for when, thing in (("first", scene.things[0]), ("last", scene.things[-1])):
-            for name, values in _NAMES.items():
-                labels[f"{when}_{name}"] = values.index(getattr(thing, name))
-    if scene.family in _FACTS:
-        labels[scene.family] = _FACTS[scene.family].index(scene.fact)
-    return {name: np.int32(label) for name, label in labels.items()}
-
-
-def _stack(labels: list[dict]) -> dict[str, np.ndarray]:
-    return {name: np.stack([label[name] for label in labels]) for name in labels[0]}
-
-
-def patch_labels(moment: Moment, grid: int) -> dict[str, np.ndarray]:
-    """What covers each patch, row-major: "colour", "shape" int32 [N], "weights" float32 [N].
-
-    The background is the last class and weighs little, since most patches are background.
-    """
-    centres = (np.arange(grid) + 0.5) / grid
-    labels = {name: np.full((grid, grid), classes - 1) for name, classes in PATCH_HEADS.items()}
-    weights = np.full((grid, grid), 0.1, np.float32)
-    for thing in moment.things:
-        distance = np.hypot(centres - thing.x, centres[:, None] - thing.y)
-        covered = distance < _REACH * thing.radius
-        weights[covered] = 1
-        for name in PATCH_HEADS:
-            labels[name][covered] = _NAMES[name].index(getattr(thing, name))
-        weights[(distance < 1.1 * thing.radius) & ~covered] = 0
-    flat = {name: label.reshape(-1).astype(np.int32) for name, label in labels.items()}
-    return {**flat, "weights": weights.reshape(-1)}
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,8 @@ A training stage is such a list, not a branch in the code:
 
     RULES = (Rule("vision/.*", "freeze"), Rule("connector/.*", "train", lr_scale=10.0),
              Rule(".*", "train"))
+
+A kernel under a `lora` rule is frozen, and adapters beside it train (`lora.py` makes them).
 """
 
 import dataclasses
@@ -13,8 +15,10 @@ import numpy as np
 from rich.table import Table
 
 from vllama2_jax.checkpoints.store import flatten, unflatten
+from vllama2_jax.models.lora import LORA_A, LORA_B, kernel_axes, kernel_path
+from vllama2_jax.models.quantized import PARTS
 
-ACTIONS = ("train", "freeze")
+ACTIONS = ("train", "freeze", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +27,19 @@ class Rule:
 
     Attributes:
       pattern: a regular expression.
-      action: "train" or "freeze".
+      action: "train", "freeze", or "lora", for kernels of the decoder's linear layers and experts.
       lr_scale: times the schedule's learning rate, for what trains.
+      rank: of lora, the inner size of the adapters.
+      alpha: of lora; alpha / rank scales what the adapters add.
+      quantize: of lora, how the frozen kernel is stored: "" as it is, "int8" or "nf4".
     """
 
     pattern: str
     action: str
     lr_scale: float = 1.0
+    rank: int = 0
+    alpha: float = 0.0
+    quantize: str = ""
 
     def __post_init__(self):
         """Refuse what cannot be meant."""
@@ -42,21 +52,42 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"rule {self.pattern!r}: not a regular expression ({error})") from None
+        if self.action != "lora":
+            if self.rank or self.alpha or self.quantize:
+                raise ValueError(
+                    f"rule {self.pattern!r}: rank, alpha and quantize belong to the action 'lora', "
+                    f"not to {self.action!r}"
+                )
+            return
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(
+                f"rule {self.pattern!r}: lora needs a rank of at least 1 and an alpha above 0, not "
+                f"rank {self.rank} and alpha {self.alpha:g}"
+            )
+        if self.quantize and self.quantize not in PARTS:
+            raise ValueError(
+                f"rule {self.pattern!r}: unknown quantize {self.quantize!r}; "
+                f"known: {', '.join(PARTS)}, or '' for none"
+            )
 
 
 def assign_rules(rules, params) -> dict[str, Rule]:
     """The first matching rule of every parameter, {path: rule}.
+
+    Adapters and the parts of a quantised kernel go by the kernel's path: parameters have the same
+    rules before `lora.adapt` and behind it.
 
     Args:
       rules: in order of precedence.
       params: nested dict of arrays or anything with a shape.
 
     Raises:
-      ValueError: listing the parameters that no rule matches, or the rules that match nothing.
+      ValueError: listing the parameters that no rule matches, the rules that match nothing, or what
+        a lora rule cannot adapt.
     """
     assigned, unmatched = {}, []
     for path in flatten(params):
-        rule = next((r for r in rules if re.fullmatch(r.pattern, path)), None)
+        rule = next((r for r in rules if re.fullmatch(r.pattern, kernel_path(path))), None)
         if rule is None:
             unmatched.append(path)
         else:
@@ -66,16 +97,44 @@ def assign_rules(rules, params) -> dict[str, Rule]:
             f"no rule says whether these parameters train: {', '.join(unmatched)}"
             '; add a rule, for example Rule(".*", "freeze") at the end'
         )
-    idle = [r.pattern for r in rules if not any(re.fullmatch(r.pattern, p) for p in assigned)]
+    kernels = {kernel_path(path) for path in assigned}
+    idle = [r.pattern for r in rules if not any(re.fullmatch(r.pattern, p) for p in kernels)]
     if idle:
         raise ValueError(f"these rules match no parameter (a typo?): {', '.join(idle)}")
+    for rule in {rule: None for rule in assigned.values() if rule.action == "lora"}:
+        ours = {kernel_path(path) for path, other in assigned.items() if other == rule}
+        unfit = sorted(path for path in ours if kernel_axes(path) is None)
+        if unfit:
+            raise ValueError(
+                f"rule {rule.pattern!r}: lora adapts kernels of the decoder's linear layers and "
+                f"experts, not {', '.join(unfit)}; narrow its pattern"
+            )
     return assigned
 
 
+def trains(path: str, rule: Rule) -> bool:
+    """Whether a parameter trains under its rule; under lora, only adapters do."""
+    return rule.action == "train" or (rule.action == "lora" and path.endswith((LORA_A, LORA_B)))
+
+
 def partition(params, assigned: dict[str, Rule]) -> tuple[dict, dict]:
-    """Split parameters into flat dicts {path: array} of what trains and what is frozen."""
+    """Split parameters into flat dicts {path: array} of what trains and what is frozen.
+
+    Raises:
+      ValueError: if a lora rule's kernels have no adapters.
+    """
     flat = flatten(params)
-    trainable = {p: leaf for p, leaf in flat.items() if assigned[p].action == "train"}
+    bare = [
+        path
+        for path, rule in assigned.items()
+        if rule.action == "lora" and kernel_path(path) + LORA_A not in flat
+    ]
+    if bare:
+        raise ValueError(
+            f"these parameters have a lora rule and no adapters: {', '.join(bare)}; "
+            "call lora.adapt first"
+        )
+    trainable = {path: leaf for path, leaf in flat.items() if trains(path, assigned[path])}
     return trainable, {p: leaf for p, leaf in flat.items() if p not in trainable}
 
 
@@ -85,27 +144,50 @@ def combine(trainable: dict, frozen: dict) -> dict:
 
 
 def parameter_table(params, assigned: dict[str, Rule]) -> Table:
-    """Counts per rule and part of the network, to be printed in front of a run."""
-    counts: dict[tuple[Rule, str], list[int]] = {}
+    """Counts per rule and part of the network, to be printed in front of a run.
+
+    A lora rule has a line for its kernels and one for its adapters. Counted are the network's
+    parameters and the adapters, not the constants by which quantised kernels and adapters scale.
+    """
+    counts: dict[tuple[Rule, str, str], list[int]] = {}
     for path, leaf in flatten(params).items():
-        row = counts.setdefault((assigned[path], path.split("/", 1)[0]), [0, 0])
+        rule, size = assigned[path], _num_parameters(path, leaf)
+        if size is None:
+            continue
+        row = counts.setdefault((rule, path.split("/", 1)[0], _action(path, rule)), [0, 0])
         row[0] += 1
-        row[1] += int(np.prod(leaf.shape))
+        row[1] += size
     table = Table(title="Parameters")
     for name in ("rule", "part", "action", "lr scale"):
         table.add_column(name)
     table.add_column("tensors", justify="right")
     table.add_column("parameters", justify="right")
-    for (rule, part), (tensors, size) in counts.items():
-        scale = f"{rule.lr_scale:g}" if rule.action == "train" else "-"
-        table.add_row(rule.pattern, part, rule.action, scale, f"{tensors:,}", f"{size:,}")
-    for action in ACTIONS:
-        sizes = [row for (rule, _), row in counts.items() if rule.action == action]
+    for (rule, part, action), (tensors, size) in counts.items():
+        scale = "-" if action.startswith("freeze") else f"{rule.lr_scale:g}"
+        table.add_row(rule.pattern, part, action, scale, f"{tensors:,}", f"{size:,}")
+    for total in ("train", "freeze"):
+        sizes = [row for (*_, action), row in counts.items() if action.startswith(total)]
         table.add_row(
             "all",
             "",
-            action,
+            total,
             "",
             *(f"{sum(column):,}" for column in zip((0, 0), *sizes)),  # noqa: B905
         )
     return table
+
+
+def _action(path: str, rule: Rule) -> str:
+    """What a line of the table says of a parameter."""
+    if rule.action != "lora":
+        return rule.action
+    if trains(path, rule):
+        return f"train, rank {rule.rank}, alpha {rule.alpha:g}"
+    return f"freeze, {rule.quantize}" if rule.quantize else "freeze"
+
+
+def _num_parameters(path: str, leaf) -> int | None:
+    """How many parameters a leaf stands for; None for constants beside a kernel."""
+    size, part = int(np.prod(leaf.shape)), path.removeprefix(kernel_path(path))
+    counted = {"": size, LORA_A: size, LORA_B: size, "_int8": size, "_nf4": 2 * size}
+    return counted.get(part)

@@ -1,0 +1,35 @@
+"""Stage 3: audio-video joint training (paper, section 3.3 and Table 4).
+
+Both projectors and the language model train; both towers stay frozen. Of four samples two are
+audio-video, one audio, one video.
+"""
+
+import fiddle as fdl
+
+from vllama2_jax.configs.base import base, paper_sources, source, train_only
+from vllama2_jax.data.paper_mixtures import AUDIO_SFT, AV_JOINT, VIDEO_SFT
+from vllama2_jax.train.config import TrainConfig
+
+
+def av_joint() -> fdl.Config[TrainConfig]:
+    """VideoLLaMA2.1-7B-AV, behind the two audio steps."""
+    config = base("av_joint")
+    config.start.model = "2.1-7B-AV"
+    config.rules = train_only("connector/.*", "audio_connector/.*", "decoder/.*")
+    config.data.sources = (
+        *paper_sources(AV_JOINT, "av_joint"),
+        source("audio", "av_joint", AUDIO_SFT.used),
+        source("video", "av_joint", VIDEO_SFT.used),
+    )
+    config.data.mix = "groups"
+    config.data.group = (0, 0, 1, 2)
+    config.optimizer.learning_rate = 2e-5
+    config.rows = 128
+    config.epochs = 2
+    return config
+
+
+def released_scripts(config: fdl.Config[TrainConfig]) -> None:
+    """As scripts/custom/va_joint.sh has it: BEATs trains, too, and lists are shuffled once."""
+    config.rules = train_only("connector/.*", "audio_connector/.*", "decoder/.*", "audio/.*")
+    config.data.shuffled_once = True

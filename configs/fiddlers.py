@@ -1,0 +1,44 @@
+"""Changes that suit every recipe: `--config=fiddler:NAME` or `--config=fiddler:NAME(argument)`."""
+
+import fiddle as fdl
+
+from vllama2_jax.train.config import TrainConfig
+from vllama2_jax.train.trainable import Rule
+
+# All linear layers of the language model but lm_head, as the original's `find_all_linear_names`.
+LINEAR_LAYERS = r"decoder/layers/(attention/\w+|mlp/\w+|moe/router)/kernel|decoder/layers/moe/\w+"
+
+
+def data_root(config: fdl.Config[TrainConfig], root: str) -> None:
+    """Read the recipe's files under another folder than `data`, local or gs://."""
+    for source in config.data.sources:
+        source.file = f"{root}/{source.file.split('/', 1)[1]}"
+        source.media_root = root
+
+
+def packed(config: fdl.Config[TrainConfig], max_clips: int = 1) -> None:
+    """Several records share a row, as far as they fit: less padding, other batches."""
+    config.data.packing = True
+    config.data.max_clips = max_clips
+
+
+def lora(config: fdl.Config[TrainConfig], rank: int = 128, alpha: float | None = None) -> None:
+    """Adapters on the language model and the whole connector, as scripts/custom/finetune_lora.sh.
+
+    `alpha` is twice the rank unless given (the script: 128 and 256). Its dropout of 0.05 is left
+    out, see docs/decisions/lora.md.
+    """
+    alpha = 2 * rank if alpha is None else alpha
+    config.rules = (
+        fdl.Config(Rule, "connector/.*", "train"),
+        fdl.Config(Rule, LINEAR_LAYERS, "lora", rank=rank, alpha=alpha),
+        fdl.Config(Rule, ".*", "freeze"),
+    )
+
+
+def qlora(
+    config: fdl.Config[TrainConfig], rank: int = 128, alpha: float | None = None, kind: str = "nf4"
+) -> None:
+    """`lora` over kernels stored in 4 bits (or "int8"), as scripts/custom/finetune_qlora.sh."""
+    lora(config, rank, alpha)
+    config.rules[1].quantize = kind

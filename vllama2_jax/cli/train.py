@@ -1,0 +1,85 @@
+"""`vllama2 train`."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def add_train(command) -> None:
+    """Add `train`; `command` is of `cli.main`."""
+    train = command("train", _train, "train a model on records, or go on with a run")
+    train.add_argument("--out", metavar="RUN", help="the run's folder; an old one is continued")
+    train.add_argument("--model", help="what to begin with: tiny, a directory, a published name")
+    train.add_argument("--data", metavar="FILE", help="records: a .json list, .jsonl, or a pack")
+    train.add_argument("--media-root", metavar="DIR", help="what their paths are relative to")
+    train.add_argument("--validation", metavar="FILE", help="held-out records")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="how many to take")
+    length.add_argument("--epochs", type=int, metavar="N", help="how often to read the data")
+    train.add_argument("--batch", type=int, metavar="N", help="rows of a step")
+    train.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    train.add_argument("--lora", type=int, metavar="RANK", help="train adapters, not the decoder")
+    train.add_argument("--workers", type=int, metavar="N", help="processes that decode; 0 is none")
+    train.add_argument("--seed", type=int)
+    train.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="config:RECIPE, then fiddler:NAME and set:FIELD=VALUE, as often as you like",
+    )
+    train.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps for XProf")
+    train.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+
+
+def _train(options) -> int:
+    _take_huge_pages()
+    from vllama2_jax.configs.parse import build
+    from vllama2_jax.configs.shortcuts import Shortcuts, resolve
+
+    names = (field for field in Shortcuts.__dataclass_fields__)
+    shortcuts = Shortcuts(**{name: getattr(options, name) for name in names})
+    config = build(resolve(options.config, shortcuts))
+    if options.dry_run:
+        from vllama2_jax.train.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    if not options.out:
+        raise ValueError("--out is missing: the folder that the run is kept in")
+    from vllama2_jax.train.run import run
+
+    done = run(config, Path(options.out), _window(options.profile))
+    if done.signal is not None:
+        print(
+            f"stopped by {done.signal.name} behind step {done.step} of {done.steps}; the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
+        return 128 + done.signal
+    print(f"{done.steps} steps done; ask it: vllama2 ask VIDEO QUESTION --model {options.out}")
+    return 0
+
+
+def _window(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 0
+    first, _, last = text.partition(":")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise ValueError(f"--profile {text}: must be FIRST:LAST, two step numbers") from None
+
+
+def _take_huge_pages() -> None:
+    """Start this command again with memory in huge pages, where nobody has chosen otherwise.
+
+    Training steps on a CPU take and give back hundreds of megabytes each; with pages of 4 KiB a
+    third of the time goes into that (docs/results/cpu.md). glibc reads the setting only when a
+    process starts.
+    """
+    started = Path(sys.argv[0])
+    is_command = started.stem == "vllama2" or started.parent.name == "cli"
+    if sys.platform == "linux" and is_command and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

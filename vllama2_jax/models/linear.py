@@ -1,0 +1,65 @@
+"""The dense layer of the decoder, whose kernel may be adapted and quantised."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vllama2_jax.models.lora import low_rank
+from vllama2_jax.models.matmul import dense_dot
+from vllama2_jax.models.quantized import multiply_quantized, quantized_parts
+
+
+class Linear(nn.Module):
+    """x W + bias: the same parameters and numbers as `nn.Dense` and `nn.DenseGeneral`.
+
+    Where the parameters hold adapters of the kernel (`lora.py`) or parts in its stead
+    (`quantized.py`), the layer uses them; `init` makes neither.
+
+    Attributes:
+      features: sizes of the output's axes.
+      names: logical names of the kernel's axes, inputs first.
+      dtype: of the product.
+      param_dtype: of the parameters.
+      num_inputs: how many of the last axes of x are contracted.
+      use_bias: whether there is one.
+      dot_general: the product, called like `jax.lax.dot_general`.
+    """
+
+    features: tuple[int, ...]
+    names: tuple[str, ...]
+    dtype: Any
+    param_dtype: Any
+    num_inputs: int = 1
+    use_bias: bool = False
+    dot_general: Callable = dense_dot
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Transform `x` [..., *in] to [..., *features] in `dtype`."""
+
+        def product(x, kernel, num_inputs=self.num_inputs):
+            axes = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+            return self.dot_general(x, kernel, (axes, ((), ())))
+
+        x = x.astype(self.dtype)
+        shape = (*x.shape[-self.num_inputs :], *self.features)
+        parts = quantized_parts(self, "kernel")
+        if parts is None:
+            init = nn.initializers.normal(0.02)
+            out = product(x, self._param("kernel", init, self.names, shape))
+        else:
+            out = multiply_quantized(product, x, parts, shape, self.dtype)
+        adapter = low_rank(self, "kernel", self.dtype)
+        if adapter is not None:
+            a, b = adapter
+            out += product(product(x, a), b, 1)
+        if self.use_bias:
+            names = self.names[self.num_inputs :]
+            out += self._param("bias", nn.initializers.zeros, names, self.features)
+        return out
+
+    def _param(self, name, init, names, shape):
+        init = nn.with_logical_partitioning(init, names)
+        return self.param(name, init, shape, self.param_dtype).astype(self.dtype)

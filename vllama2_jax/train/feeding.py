@@ -1,0 +1,232 @@
+"""A run's data: from its configuration to the batches of every step."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from vllama2_jax.checkpoints import ModelCard
+from vllama2_jax.data.assemble import Assembler, ClipReader
+from vllama2_jax.data.check_report import read_usable
+from vllama2_jax.data.examples import RecordFormat, Subset
+from vllama2_jax.data.frame_cache import CachedClipReader
+from vllama2_jax.data.index import Index, joint_datasets, load_or_build
+from vllama2_jax.data.mixture import Mixture
+from vllama2_jax.data.pipeline import Feed
+from vllama2_jax.data.schedule import Schedule
+from vllama2_jax.data.sources import open_source
+from vllama2_jax.data.toybox_source import ToyboxReader, ToyboxSource
+from vllama2_jax.media import Limits
+from vllama2_jax.models.vllama2 import Batch
+from vllama2_jax.progress import bar
+from vllama2_jax.text import Tokenizer, choose_template
+from vllama2_jax.train.config import DataConfig, SourceConfig, ToyboxConfig, ValidationConfig
+
+_WINDOW = 1 << 14
+_LANES = 128  # attention kernels take lengths that are multiples of it
+
+
+class Feeding(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      schedule: its steps.
+      feed: their batches.
+      datasets: names that `Batch.dataset_ids` numbers.
+      fingerprints: {source's name: sha256} of the records that are read.
+    """
+
+    schedule: Schedule
+    feed: Feed
+    datasets: tuple[str, ...]
+    fingerprints: dict[str, str]
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches on the device, from step `start` on."""
+        for host in self.feed.batches(start):
+            yield jax.device_put(Batch(**host.arrays))
+
+    def num_records(self, step: int) -> int:
+        """Records of a step, on all hosts."""
+        return sum(len(row) for row in self.schedule[step].rows)
+
+    def record_ids(self, step: int) -> list[str]:
+        """Ids of a step's records, read again."""
+        batch = self.feed.assembler(self.schedule[step])
+        return [id for row in batch.records for id in row]
+
+
+class _Records(NamedTuple):
+    """An opened source."""
+
+    source: Subset
+    index: Index
+    reader: ClipReader | ToyboxReader
+    fingerprint: str
+
+
+def make_feeding(
+    data: DataConfig,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    seed: int,
+    index_folder: str | os.PathLike,
+    epochs: int | None = None,
+    steps: int | None = None,
+    held_out: ValidationConfig | None = None,
+) -> Feeding:
+    """Open the sources, index them, and plan every step.
+
+    Args:
+      data: what to read.
+      card: of the model to train; its preset says how media are read.
+      tokenizer: of the model.
+      rows: of a step.
+      seed: of every order.
+      index_folder: where length indices are kept.
+      epochs, steps: how long, one of them.
+      held_out: read these sources instead, each once and in this process.
+
+    Raises:
+      ValueError: if the data cannot be read, or the configuration cannot be meant.
+    """
+    sources = data.sources
+    if held_out is not None:
+        # The decoder of this process is idle while the run validates.
+        data = dataclasses.replace(data, mix="counts", workers=0)
+        sources = tuple(dataclasses.replace(s, share=None) for s in held_out.sources)
+        epochs = 1
+    media_tokens = card.config.num_media_tokens()
+    max_length = data.max_length or _rounded(media_tokens - 1 + data.max_tokens)
+    form = RecordFormat(
+        tokenizer=tokenizer,
+        template=card.template or choose_template(card.config.decoder.family, tokenizer),
+        style=data.style,
+        media_tokens=media_tokens,
+        max_tokens=data.max_tokens,
+        max_length=max_length,
+    )
+    if not sources:
+        raise ValueError("nothing to train on; name a file of records (--data FILE)")
+    limit = held_out.max_records if held_out else None
+    opened = [_open(source, form, card, index_folder, limit, data.workers) for source in sources]
+    indices = [records.index for records in opened]
+    names, codes = joint_datasets(indices)
+    # Of text alone, neither tower nor connector need to run.
+    max_clips = data.max_clips if any(index.clips.any() for index in indices) else 0
+    shares = [source.share for source in sources]
+    mixture = _mixture(data, [len(index) for index in indices], shares, seed)
+    if epochs is not None and not mixture.finite:
+        raise ValueError("a mixture by weights has no epochs; say how many steps to take (--steps)")
+    schedule = Schedule(
+        mixture,
+        [form.slots(index.text_tokens, index.clips) for index in indices],
+        [index.clips for index in indices],
+        rows=rows,
+        max_length=max_length,
+        max_clips=max_clips,
+        packing=data.packing,
+        buckets=data.buckets or default_buckets(media_tokens, data.max_tokens, max_length),
+        epochs=None if steps else epochs,
+        num_steps=steps,
+        window=_window(mixture.round_length, rows),
+    )
+    assembler = Assembler(
+        sources=tuple(records.source for records in opened),
+        record_format=form,
+        readers=tuple(records.reader for records in opened),
+        num_frames=card.config.num_frames,
+        image_size=card.image.size,
+        max_clips=max_clips,
+        dataset_codes=codes,
+    )
+    feed = Feed(schedule, assembler, workers=data.workers, max_faults=data.max_faults)
+    fingerprints = {
+        source.name: records.fingerprint for source, records in zip(sources, opened, strict=True)
+    }
+    return Feeding(schedule, feed, names, fingerprints)
+
+
+def _window(epoch: int, rows: int) -> int:
+    """Positions that are planned together.
+
+    Whole epochs where they are short: all records come equally often then, also in a run of few
+    steps. But some steps' worth, since records of like length share a step.
+    """
+    return min(epoch * -(-8 * rows // epoch), _WINDOW) if epoch < _WINDOW else _WINDOW
+
+
+def default_buckets(media_tokens: int, max_tokens: int, max_length: int) -> tuple[int, ...]:
+    """Lengths of rows for short text, a clip with short text, with longer text, and the longest."""
+    lengths = (max_tokens // 4, media_tokens + max_tokens // 8, media_tokens + max_tokens // 2)
+    rounded = {length for length in map(_rounded, lengths) if length < max_length}
+    return (*sorted(rounded), max_length)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _LANES) * _LANES
+
+
+def _open(
+    config: SourceConfig | ToyboxConfig,
+    form: RecordFormat,
+    card: ModelCard,
+    index_folder,
+    limit: int | None,
+    workers: int,
+) -> _Records:
+    if isinstance(config, ToyboxConfig):
+        source = ToyboxSource(config.records, config.kind, config.split, config.seed, config.told)
+        reader, report = ToyboxReader(card.image.size, card.config.num_frames), ""
+    else:
+        source, report = open_source(config.file), config.report
+        reader = ClipReader(
+            spec=card.image,
+            num_frames=card.config.num_frames,
+            preset=card.preset,
+            root=config.media_root or os.path.dirname(config.file) or ".",
+            # Each worker has a core of its own, hardly more.
+            limits=Limits(max_threads=1 if workers else 0),
+        )
+        if config.frames:
+            reader = CachedClipReader(config.frames, source, reader)
+    with bar(f"indexing {config.name}", unit="records") as progress:
+        index = load_or_build(
+            index_folder,
+            source,
+            form,
+            default_dataset=config.name,
+            report=report or None,
+            progress=progress,
+        )
+    numbers = np.arange(len(source))
+    if report:
+        numbers = read_usable(report, source.fingerprint)
+    numbers = numbers[:limit]
+    digest = hashlib.sha256(source.fingerprint.encode() + numbers.tobytes()).hexdigest()
+    return _Records(Subset(source, numbers), index.take(numbers), reader, digest)
+
+
+def _mixture(data: DataConfig, sizes: Sequence[int], shares: Sequence, seed: int) -> Mixture:
+    if data.mix == "counts":
+        counts = [
+            size if share is None else int(share) for size, share in zip(sizes, shares, strict=True)
+        ]
+        return Mixture.by_counts(sizes, counts, seed)
+    if data.mix == "weights":
+        if None in shares:
+            raise ValueError("a mixture by weights needs a share of every source; one has none")
+        return Mixture.by_weights(sizes, shares, seed)
+    if data.mix == "groups":
+        # An epoch reads the first source once.
+        groups = -(-sizes[data.group[0]] // data.group.count(data.group[0])) if data.group else 0
+        return Mixture.in_groups(
+            sizes, data.group, seed, groups=groups, shuffled_once=data.shuffled_once
+        )
+    raise ValueError(f"unknown mix {data.mix!r}; known: counts, weights, groups")

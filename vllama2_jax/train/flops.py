@@ -1,0 +1,168 @@
+"""FLOPs of a training step, and what a device could do at most.
+
+`models/flops.py` says what is counted: matrix products and convolutions, of every slot.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from vllama2_jax.models.config import VLlama2Config
+from vllama2_jax.models.flops import PARTS, forward_products
+
+ACTIONS = ("train", "lora", "freeze")
+
+# What the backward pass of a block computes again. "full" begins with the block's input, but never
+# needs its last product, whose result is only added; "dots" keeps the products with parameters, but
+# not those of experts, which are no plain `dot_general`.
+_EXPERTS = {"decoder/moe/gate_up", "decoder/moe/down"}  # the router's gradient needs their result
+_SCORES = {"vision/attention/scores", "decoder/attention/scores"}
+_RECOMPUTED = {
+    "none": frozenset(),
+    "dots": frozenset(_SCORES | _EXPERTS),
+    "full": frozenset(
+        _SCORES
+        | _EXPERTS
+        | {"vision/attention/projections", "vision/mlp/fc1"}
+        | {"decoder/attention/projections", "decoder/mlp/gate_up", "decoder/moe/router"}
+    ),
+}
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one training step.
+
+    Attributes:
+      model: what the mathematics needs; model FLOP/s utilisation is made of it.
+      hardware: with what is computed again to save memory.
+    """
+
+    model: int
+    hardware: int
+
+
+def step_flops(
+    config: VLlama2Config,
+    actions: Mapping[str, str],
+    *,
+    rows: int,
+    length: int,
+    frames: int,
+    clips: int,
+    steps: int | None = None,
+    remat: str = "none",
+    loss_chunk: int | None = None,
+    adapter_params: int = 0,
+) -> StepFlops:
+    """FLOPs of forward and backward pass; the optimizer's are too few to count.
+
+    A product of the forward pass is as much work again for each of its factors whose gradient is
+    wanted: a parameter's if it trains, an activation's if anything that it is made of trains. So a
+    frozen decoder above a connector that trains costs its forward pass and the gradients of its
+    activations, and a frozen tower below everything that trains its forward pass alone. The layers
+    of a decoder are one scanned program: that nothing below the first of them trains, as with
+    adapters above a frozen connector, saves nothing.
+
+    The output head counts for every slot. The step leaves out chunks without a supervised slot (see
+    `loss.chunked_cross_entropy`), so that it may do less.
+
+    Args:
+      config: the shapes.
+      actions: how each of "vision", "connector" and "decoder" trains: "train" (its parameters),
+        "lora" (adapters beside them, see `adapter_params`) or "freeze". A part that trains here
+        and there counts as one or the other.
+      rows: of the whole step: of all devices, of all micro-batches.
+      length, frames, clips, steps: of a row, as in `forward_flops`.
+      remat: of the model, a name in `REMAT_POLICIES`.
+      loss_chunk: of `LossConfig`; logits of chunks are computed again.
+      adapter_params: of LoRA in the decoder; each takes part once per slot (an expert's `top_k` /
+        `num_experts` times: scale the number).
+
+    Raises:
+      ValueError: for parts, actions or policies that are unknown or missing.
+    """
+    if set(actions) != set(PARTS):
+        raise ValueError(f"actions must name {', '.join(PARTS)}, not {', '.join(actions)}")
+    for part, action in actions.items():
+        if action not in ACTIONS:
+            raise ValueError(f"{part}: unknown action {action!r}; known: {', '.join(ACTIONS)}")
+    if remat not in _RECOMPUTED:
+        raise ValueError(f"unknown remat policy {remat!r}; known: {', '.join(_RECOMPUTED)}")
+    again = set(_RECOMPUTED[remat])
+    if loss_chunk is not None and loss_chunk < length:
+        again.add("decoder/lm_head")
+    shape = dict(rows=rows, length=length, frames=frames, clips=clips, steps=steps)
+    products = forward_products(config, **shape)
+    running = {product.part for product in products}
+    learning = [part for part in PARTS if actions[part] != "freeze" and part in running]
+    adapters = 2 * rows * length * adapter_params
+    model, hardware = 3 * adapters, (4 if remat == "full" else 3) * adapters
+    for product in products:
+        before = PARTS[: PARTS.index(product.part)]
+        below = any(part in learning for part in before)
+        passes = 1
+        if below or product.part in learning:
+            passes += below or not product.entry
+            if not product.weights or actions[product.part] == "train":
+                passes += 1
+            hardware += product.flops * (product.name in again)
+        model += product.flops * passes
+        hardware += product.flops * passes
+    return StepFlops(model, hardware)
+
+
+# Per JAX device, without sparsity. TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)";
+# from v4 on, a chip is a device. Float32 products run in one bfloat16 pass there, and as
+# TensorFloat-32 on NVIDIA from Ampere on, unless JAX is asked for more (docs.jax.dev, "Matmul
+# precision").
+_TPU_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+# NVIDIA's datasheets of each card; "with sparsity" is twice what is written here. (16-bit tensor
+# cores, float32); Volta and Turing have no bfloat16, and plain float32. Names are whole, since a
+# slice of a card ("... MIG 1g.10gb") is not the card.
+_GPU_PEAKS = {
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": (312e12, 156e12),
+    r"H100 \d+GB HBM\d": (989.5e12, 494.5e12),
+    r"H100 PCIe": (756.5e12, 378e12),
+    r"H100 NVL": (835.5e12, 417.5e12),
+    r"H200": (989.5e12, 494.5e12),
+    r"H200 NVL": (835.5e12, 417.5e12),
+    r"L4": (121e12, 60e12),
+    r"L40S": (362e12, 183e12),
+    r"V100-SXM2-\d+GB": (125e12, 15.7e12),
+    r"V100-PCIE-\d+GB": (112e12, 14e12),
+    r"T4": (65e12, 8.1e12),
+}
+_WITHOUT_BFLOAT16 = ("V100", "T4")
+
+
+def peak_flops(device_kind: str, dtype) -> float | None:
+    """FLOP/s that the maker states for one device's matrix products.
+
+    Args:
+      device_kind: as `jax.devices()[0].device_kind`.
+      dtype: of the products' factors: bfloat16, float16 or float32.
+
+    Returns:
+      Operations per second, or None where no figure is known, as for a CPU.
+    """
+    dtype = jnp.dtype(dtype).name
+    if device_kind in _TPU_PEAKS:
+        return _TPU_PEAKS[device_kind] if dtype in ("bfloat16", "float32") else None
+    card = re.sub("^(NVIDIA|Tesla) ", "", device_kind)
+    for pattern, (narrow, wide) in _GPU_PEAKS.items():
+        if re.fullmatch(pattern, card):
+            if dtype == "bfloat16" and card.startswith(_WITHOUT_BFLOAT16):
+                return None
+            return {"bfloat16": narrow, "float16": narrow, "float32": wide}.get(dtype)
+    return None

@@ -1,0 +1,189 @@
+"""The parameters that a run begins with, and those that a run has come to."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from vllama2_jax.checkpoints import CheckpointError, ModelCard
+from vllama2_jax.checkpoints.card import read_card
+from vllama2_jax.checkpoints.run import (
+    RunCheckpoints,
+    check_frozen,
+    fingerprints,
+    read_run_card,
+    run_card_folder,
+)
+from vllama2_jax.checkpoints.store import TOKENIZER, flatten, unflatten
+from vllama2_jax.convert.parts import describe_decoder, read_decoder, read_vision
+from vllama2_jax.models.config import VLlama2Config, config_from_dict
+from vllama2_jax.models.vllama2 import init_params
+from vllama2_jax.models.zoo import connector_config, model_config
+from vllama2_jax.train.config import RANDOM, STORED, StartConfig
+from vllama2_jax.train.initial import initial_params
+from vllama2_jax.train.lora import adapt, merge
+from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
+from vllama2_jax.weights import describe, find, float_dtype, read
+
+PARTS = ("vision", "connector", "decoder")
+
+
+def describe_start(start: StartConfig) -> tuple[ModelCard, Path]:
+    """The card and the tokenizer's directory of what `begin` makes, without reading weights.
+
+    Raises:
+      CheckpointError: if a part cannot be found.
+      ValueError: if the parts do not make a model, saying why.
+    """
+    wanted = [getattr(start, part) for part in PARTS]
+    if start.connector not in (STORED, RANDOM):
+        raise ValueError(
+            f"start.connector {start.connector!r} must be {STORED!r} or {RANDOM!r}; a connector "
+            "comes with its model, or anew"
+        )
+    if STORED in wanted:
+        card, tokenizer = describe(start.model)
+        config = card.config
+    else:
+        card, tokenizer, config = None, None, model_config(start.model)
+    if start.decoder not in (STORED, RANDOM):
+        card, tokenizer = describe_decoder(start.decoder, config)
+    if card is None:
+        raise ValueError(
+            f"start.model {start.model!r}: no part comes with a tokenizer; let the decoder be "
+            f"{STORED!r} or name a language model"
+        )
+    if start.connector_kind:
+        if start.connector != RANDOM:
+            raise ValueError(
+                f"start.connector_kind {start.connector_kind!r} is for a connector that begins "
+                f"{RANDOM!r}, not {start.connector!r}"
+            )
+        widths = config.vision.width, config.decoder.width
+        connector = connector_config(start.connector_kind, *widths)
+        if connector.depth and config.connector.depth:  # as deep as the model's own, if both are
+            connector = dataclasses.replace(connector, depth=config.connector.depth)
+        card = dataclasses.replace(card, config=dataclasses.replace(config, connector=connector))
+    return card, tokenizer
+
+
+def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, ModelCard, Path]:
+    """Read or make every part.
+
+    Args:
+      start: which.
+      dtype: of the parameters; None keeps the stored one, and random ones are float32.
+      seed: of random ones.
+      progress: called with (tensors read, tensors in all) while importing.
+
+    Returns:
+      parameters, a nested dict with layers stacked; the model card; the tokenizer's directory.
+
+    Raises:
+      CheckpointError: if a part cannot be found or trusted.
+      ValueError: if the parts do not make a model, saying why.
+    """
+    card, tokenizer = describe_start(start)
+    params, wanted = {}, {part: getattr(start, part) for part in PARTS}
+    if STORED in wanted.values():
+        stored, *_ = read(find(start.model), dtype, scan_layers=True, progress=progress)
+        params |= {part: stored[part] for part, origin in wanted.items() if origin == STORED}
+        del stored
+    if wanted["vision"] not in (STORED, RANDOM):
+        params["vision"] = read_vision(wanted["vision"], card.config, dtype, progress)
+    if wanted["decoder"] not in (STORED, RANDOM):
+        params["decoder"] = read_decoder(wanted["decoder"], card.config, dtype, progress)
+    missing = [part for part in PARTS if part not in params]
+    if missing:
+        params |= random_parts(card.config, missing, seed, dtype, narrow=start.narrow)
+    return params, card, tokenizer
+
+
+def random_parts(
+    config: VLlama2Config, parts: list[str], seed: int, dtype, *, narrow: bool = False
+) -> dict:
+    """New parameters of some parts, {part: nested dict}; the others are never made.
+
+    Args:
+      config: of the network.
+      parts: of `PARTS`.
+      seed: decides them.
+      dtype: of the parameters; None is float32.
+      narrow: see `StartConfig`.
+    """
+
+    def make():
+        if narrow:
+            params = initial_params(config, seed)
+        else:
+            params = nn.meta.unbox(init_params(config, jax.random.key(seed)))
+        return jax.tree.map(lambda x: x.astype(dtype or x.dtype), {p: params[p] for p in parts})
+
+    return jax.jit(make)()
+
+
+class Prepared(NamedTuple):
+    """Parameters as a run holds them.
+
+    Attributes:
+      trainable: {path: array} of what trains.
+      frozen: {path: array} of what does not.
+      assigned: {path: rule} of both.
+    """
+
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    assigned: dict[str, Rule]
+
+
+def prepare(params: dict, rules: tuple[Rule, ...], dtype, seed: int) -> Prepared:
+    """Put adapters where rules want them, and part what trains from what does not.
+
+    Args:
+      params: of `begin`.
+      rules: what trains.
+      dtype: of what is frozen, before it is quantised.
+      seed: of new adapters.
+
+    Raises:
+      ValueError: as `assign_rules` and `adapt` do.
+    """
+    assigned = assign_rules(rules, params)
+    narrow = {
+        path: leaf if assigned[path].action == "train" else leaf.astype(dtype)
+        for path, leaf in flatten(params).items()
+    }
+    params = adapt(unflatten(narrow), rules, jax.random.key(seed))
+    assigned = assign_rules(rules, params)
+    return Prepared(*partition(params, assigned), assigned)
+
+
+def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]:
+    """The newest weights of a run, as `weights.read` gives those of other models.
+
+    Adapters are merged into the kernels that they adapt.
+
+    Raises:
+      CheckpointError: if the run has no checkpoint, or what it began with has changed.
+    """
+    run = read_run_card(folder)
+    try:
+        start = config_from_dict(StartConfig, run.start)
+        rules = tuple(config_from_dict(Rule, rule) for rule in run.rules)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: its run.json cannot be understood ({error})") from None
+    params, _, _ = begin(start, None, run.seed, progress)
+    trainable, frozen, _ = prepare(params, rules, float_dtype(run.dtype), run.seed)
+    del params
+    check_frozen(folder, run.frozen, fingerprints(frozen))
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, "float32") for path, x in trainable.items()}
+    with RunCheckpoints(folder, read_only=True) as checkpoints:
+        if checkpoints.latest is None:
+            raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
+        trained = checkpoints.restore_trainable(checkpoints.latest, shapes)
+    params = merge(combine(trained, frozen))
+    params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
+    card_folder = run_card_folder(folder)
+    return params, read_card(card_folder), card_folder / TOKENIZER
