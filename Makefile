@@ -74,8 +74,12 @@ test: lint  ## lint and all tests but the heavy ones
 test-all: lint tfio  ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-tiny: $(STAMP)  ## train the embedded model again (13 minutes on 2 cores)
-	$(BIN)/vllama2 train --config=config:tiny --out runs/tiny
+tiny: $(STAMP)  ## train the embedded model again, into runs/tiny (15 minutes on 2 cores)
+	$(BIN)/python -m vllama2_jax.train.schooling --out runs/tiny_start
+	$(BIN)/vllama2 train --config=config:tiny_video_pretrain --out runs/tiny_video_pretrain
+	$(BIN)/vllama2 train --config=config:tiny_video_sft --out runs/tiny_video_sft
+	$(BIN)/vllama2 convert runs/tiny_video_sft runs/tiny
+	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny
 
 clean:  ## remove the environment and everything made
 	rm -rf $(VENV) $(TFIO) build dist *.egg-info runs demo

@@ -1,5 +1,7 @@
 """Find a model by any of its names, and read its parameters, whatever its layout."""
 
+import atexit
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
 from vllama2_jax.checkpoints.card import read_card
 from vllama2_jax.checkpoints.run import is_run, run_card_folder
-from vllama2_jax.checkpoints.store import TOKENIZER, flatten, unflatten
+from vllama2_jax.checkpoints.store import TOKENIZER, copy_files, flatten, place, unflatten
 from vllama2_jax.convert.huggingface import (
     is_huggingface,
     load_huggingface,
@@ -51,6 +53,8 @@ def find(source: str | Path) -> Path:
     name = str(source)
     if name == "tiny":
         return TINY
+    if "://" in name:
+        return place(name)
     if "/" not in name and not Path(source).exists():
         try:
             published = model_config(name).name
@@ -87,7 +91,7 @@ def read(
         params, card, tokenizer = read_run(folder, dtype, progress)
     elif is_saved_model(folder):
         params, card = load_model(folder, lambda card: abstract_params(card.config), dtype)
-        tokenizer = folder / TOKENIZER
+        tokenizer = local(folder / TOKENIZER)
     elif is_huggingface(folder):
         return load_huggingface(
             folder,
@@ -118,7 +122,7 @@ def describe(source: str | Path) -> tuple[ModelCard, Path]:
     if is_run(folder):
         folder = run_card_folder(folder)
     if is_saved_model(folder):
-        return read_card(folder), folder / TOKENIZER
+        return read_card(folder), local(folder / TOKENIZER)
     if is_huggingface(folder):
         _, card, tokenizer = open_checkpoint(folder)
         return card, tokenizer
@@ -137,6 +141,16 @@ def text_rules(source: str | Path) -> tuple[Tokenizer, str | ChatTemplate]:
     card, folder = describe(source)
     tokenizer = load_tokenizer(folder)
     return tokenizer, card.template or choose_template(card.config.decoder.family, tokenizer)
+
+
+def local(folder: Path) -> Path:
+    """A small folder, or a copy of it that lasts as long as this process if it is of a bucket."""
+    if "://" not in str(folder):
+        return Path(folder)
+    copied = tempfile.TemporaryDirectory(prefix="vllama2-")
+    atexit.register(copied.cleanup)
+    copy_files(folder.iterdir(), place(copied.name))
+    return Path(copied.name)
 
 
 def _no_model(folder: Path) -> CheckpointError:

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vllama2_jax.models.quantized import NF4_VALUES, block_size, dequantize, quantize
+from vllama2_jax.models.grouped_matmul import BACKENDS, grouped_matmul
+from vllama2_jax.models.quantized import (
+    NF4_VALUES,
+    block_size,
+    dequantize,
+    multiply_quantized,
+    quantize,
+)
 
 
 def gaussian(*shape, seed=0):
@@ -117,6 +124,26 @@ def test_zeros_stay_zeros(kind):
 )
 def test_blocks_have_64_inputs_or_fewer(inputs, size):
     assert block_size(inputs) == size
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_multiply_by_quantised_kernels_and_pass_gradients_on(backend):
+    shape, sizes = (3, 64, 10), jnp.array([5, 0, 9])
+    x, parts = jnp.array(gaussian(14, 64)), quantize(jnp.array(gaussian(*shape)), "nf4")
+
+    def product(x, kernel):
+        return grouped_matmul(x, kernel, sizes, backend)
+
+    @jax.jit
+    def run(x):
+        return multiply_quantized(product, x, parts, shape, jnp.float32)
+
+    found, backward = jax.vjp(run, x)
+    kernels = np.asarray(dequantize(parts, jnp.float32))[np.repeat(np.arange(3), sizes)]
+    np.testing.assert_allclose(found, np.einsum("mi,mio->mo", x, kernels), atol=1e-6)
+    cotangent = gaussian(14, 10, seed=1)
+    (gradient,) = backward(cotangent)
+    np.testing.assert_allclose(gradient, np.einsum("mo,mio->mi", cotangent, kernels), atol=1e-6)
 
 
 def test_what_cannot_be_quantised_is_refused():

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
+import re
 import sys
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,7 @@ from vllama2_jax.checkpoints.store import flatten, unflatten
 from vllama2_jax.configs.fiddlers import LINEAR_LAYERS
 from vllama2_jax.models.decoder import Decoder
 from vllama2_jax.models.stacking import unstack_layers
-from vllama2_jax.models.vllama2 import Batch, VLlama2
-from vllama2_jax.train.initial import initial_params
+from vllama2_jax.models.vllama2 import Batch, VLlama2, abstract_params
 from vllama2_jax.train.lora import adapt, merge
 from vllama2_jax.train.loss import LossConfig, batch_loss
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -61,11 +60,23 @@ def used(params):
     return unflatten(flat)
 
 
-def random_params(config, **options):
-    decoder = Decoder(config, **options)
-    x, zeros = jnp.zeros((1, 2, config.width)), jnp.zeros((1, 2), jnp.int32)
-    params = nn.meta.unbox(jax.jit(decoder.init)(jax.random.key(0), x, zeros, zeros))["params"]
-    return {"decoder": jax.tree.map(lambda leaf: leaf * 4, params)}
+def filled(abstract):
+    """Arrays for shapes: norms near one, everything else small."""
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        middle = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(rng.normal(middle, 0.1, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def shapes(config):
+    return {"decoder": abstract_params(network(config).config)["decoder"]}
+
+
+def random_params(config):
+    return filled(shapes(config))
 
 
 def text_batch(config, rows=2, length=21):
@@ -121,10 +132,9 @@ def relative_errors(found, expected):
     }
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_loss_and_gradients_of_adapters_equal_torch(family):
+def test_loss_and_gradients_of_adapters_equal_torch():
     """LoRA by its formula on `nn.Linear`: A is [rank, in], B [out, rank]."""
-    config = decoder_oracle.FAMILIES[family]
+    config = QWEN2
     model = decoder_oracle.hf_model(config)
     unrolled = decoder_oracle.params_from_hf(model, config)
     layers = [unrolled.pop(f"layer_{i}") for i in range(config.num_layers)]
@@ -161,16 +171,12 @@ def test_loss_and_gradients_of_adapters_equal_torch(family):
     assert max(errors.values()) <= 1e-4, errors
 
 
-@pytest.mark.parametrize(
-    "backend, length",
-    [("blocks", 20), ("ragged_dot", 20), ("blocks", 6)],
-    ids=["blocks", "ragged_dot", "few"],
-)
-def test_gradients_through_experts_and_router_follow_the_chain_rule(backend, length):
+@pytest.mark.parametrize("length", [20, 6])  # tokens sorted by expert, and too few for that
+def test_gradients_through_experts_and_router_follow_the_chain_rule(length):
     """With G of W + s A B, A has s G B^T and B has s A^T G."""
     params = used(adapt(random_params(MIXTRAL), rules(), KEY))
     batch = text_batch(MIXTRAL, rows=1, length=length)
-    options = dict(moe_backend=backend)
+    options = dict(moe_backend="ragged_dot")
     loss, found = loss_and_adapter_gradients(MIXTRAL, params, rules(), batch, **options)
     whole = (Rule(LINEAR_LAYERS, "train"), Rule(".*", "freeze"))
     dense, gradients = loss_and_adapter_gradients(MIXTRAL, merge(params), whole, batch, **options)
@@ -188,10 +194,7 @@ def test_gradients_through_experts_and_router_follow_the_chain_rule(backend, len
     assert max(errors.values()) <= 1e-4, errors
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize(
-    "config", [decoder_oracle.FAMILIES["qwen2"], MIXTRAL], ids=["dense", "moe"]
-)
+@pytest.mark.parametrize("kind, config", [("int8", QWEN2), ("nf4", MIXTRAL)], ids=["dense", "moe"])
 def test_adapters_beside_quantised_kernels_train_as_beside_the_same_numbers(kind, config):
     params = random_params(config)
     quantised = adapt(params, rules(kind), KEY)
@@ -199,8 +202,10 @@ def test_adapters_beside_quantised_kernels_train_as_beside_the_same_numbers(kind
     kernel = "decoder/layers/attention/out/kernel"
     assert not np.allclose(flatten(numbers)[kernel], flatten(params)[kernel], rtol=1e-3)
     plain, batch = adapt(numbers, rules(), KEY), text_batch(config)
-    loss, found = loss_and_adapter_gradients(config, used(quantised), rules(kind), batch)
-    dense, expected = loss_and_adapter_gradients(config, used(plain), rules(), batch)
+    options = dict(moe_backend="ragged_dot")
+    dense, expected = loss_and_adapter_gradients(config, used(plain), rules(), batch, **options)
+    options |= dict(remat="full")
+    loss, found = loss_and_adapter_gradients(config, used(quantised), rules(kind), batch, **options)
     assert loss == pytest.approx(dense, rel=1e-6)
     errors = relative_errors(found, {path: np.asarray(leaf) for path, leaf in expected.items()})
     assert max(errors.values()) <= 1e-5, errors
@@ -213,10 +218,7 @@ def test_new_adapters_change_no_number():
     np.testing.assert_array_equal(logits(config, adapt(params, rules(), KEY), tokens), before)
 
 
-@pytest.mark.parametrize("kind", ["", "int8", "nf4"])
-@pytest.mark.parametrize(
-    "config", [decoder_oracle.FAMILIES["qwen2"], MIXTRAL], ids=["dense", "moe"]
-)
+@pytest.mark.parametrize("kind, config", [("", QWEN2), ("nf4", QWEN2), ("int8", MIXTRAL)])
 def test_merged_network_equals_the_adapted_one(kind, config):
     params = random_params(config)
     adapted, tokens = used(adapt(params, rules(kind), KEY)), text_batch(config).tokens
@@ -247,27 +249,20 @@ def test_merged_kernels_are_summed_in_float32_and_have_the_wanted_dtype():
     np.testing.assert_array_equal(rounded[path], found.astype(jnp.bfloat16))
 
 
-def test_unrolled_layers_and_rematerialisation_change_nothing():
-    config = QWEN2
-    params, batch = used(adapt(random_params(config), rules("nf4"), KEY)), text_batch(config)
-    expected = logits(config, params, batch.tokens)
+def test_unrolled_layers_give_the_same_logits():
+    params, tokens = used(adapt(random_params(QWEN2), rules("nf4"), KEY)), text_batch(QWEN2).tokens
     unrolled = {"decoder": unstack_layers(params["decoder"])}
-    found = logits(config, unrolled, batch.tokens, scan_layers=False)
-    assert decoder_oracle.relative_error(found, expected) <= 2e-5
-    once = loss_and_adapter_gradients(config, params, rules("nf4"), batch)
-    again = loss_and_adapter_gradients(config, params, rules("nf4"), batch, remat="full")
-    assert once[0] == pytest.approx(again[0], rel=1e-6)
-    errors = relative_errors(again[1], {path: np.asarray(leaf) for path, leaf in once[1].items()})
-    assert max(errors.values()) <= 1e-5
+    found = logits(QWEN2, unrolled, tokens, scan_layers=False)
+    assert decoder_oracle.relative_error(found, logits(QWEN2, params, tokens)) <= 2e-5
 
 
-@pytest.mark.parametrize("kind, share", [("", 1), ("int8", 0.26), ("nf4", 0.14)])
+@pytest.mark.parametrize("kind, share", [("", 1), ("nf4", 0.14)])
 def test_backward_pass_holds_no_second_copy_of_the_frozen_kernels(kind, share):
     """Without rematerialisation, too, and quantised kernels are never whole for all layers."""
     config = dataclasses.replace(
         decoder_oracle.TINY, width=256, mlp_dim=512, num_heads=4, head_dim=64, num_layers=6
     )
-    abstract = jax.eval_shape(lambda: random_params(config))
+    abstract = shapes(config)
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract["decoder"]["layers"]))
     adapted = jax.eval_shape(lambda params: adapt(params, rules(kind), KEY), abstract)
     trainable, frozen = partition(adapted, assign_rules(rules(kind), adapted))
@@ -281,7 +276,7 @@ def test_backward_pass_holds_no_second_copy_of_the_frozen_kernels(kind, share):
 
 def test_adapters_and_connector_train_and_everything_else_stays():
     config = MINIATURE
-    base = jax.jit(lambda: initial_params(config, 0))()
+    base = filled(abstract_params(config))
     which = (Rule("connector/.*", "train"), *rules("int8"))
     params = adapt(base, which, KEY)
     assigned = assign_rules(which, params)
@@ -298,7 +293,7 @@ def test_adapters_and_connector_train_and_everything_else_stays():
     batch.media_index[:, 1:5] = np.arange(4)
     optimizer = make_optimizer(OptimizerConfig(2e-2), 30, assigned)
     loss = functools.partial(batch_loss, VLlama2(config))
-    step = make_step(loss, optimizer, micro_batches=2)
+    step = make_step(loss, optimizer)
     state, losses = init_state(trainable, optimizer), []
     for _ in range(30):
         state, metrics = step(state, frozen, batch)
@@ -306,18 +301,18 @@ def test_adapters_and_connector_train_and_everything_else_stays():
     assert losses[-1] < 0.8 * losses[0]
     moved = {p for p, leaf in state.trainable.items() if (leaf != trainable[p]).any()}
     assert moved == set(trainable)
-    merged = merge(combine(state.trainable, frozen), jnp.float32)
-    found = float(jax.jit(loss)(merged, batch).mean().total)
-    assert found < 0.8 * losses[0]
-    for path, leaf in flatten(merged).items():
-        if path.startswith("vision/") or path.endswith(("scale", "bias", "embedding")):
-            assert path.startswith("connector/") or (leaf == flatten(base)[path]).all()
+    merged, before = (
+        flatten(merge(p, jnp.float32)) for p in (combine(state.trainable, frozen), params)
+    )
+    still = {path for path, leaf in merged.items() if (leaf == before[path]).all()}
+    outside = {path for path in before if not re.fullmatch(f"connector/.*|{LINEAR_LAYERS}", path)}
+    assert still == outside and len(outside) > 20
 
 
 def test_linear_layers_of_the_recipe_are_all_but_the_output_head():
     """`find_all_linear_names` of the original's train.py: every nn.Linear but lm_head."""
     for config in (QWEN2, MIXTRAL):
-        params = jax.eval_shape(lambda config=config: random_params(config))
+        params = shapes(config)
         adapted = jax.eval_shape(lambda params: adapt(params, rules(), KEY), params)
         kernels = {path[: -len("_lora_a")] for path in flatten(adapted) if path.endswith("_lora_a")}
         names = [f"attention/{name}/kernel" for name in ("query", "key", "value", "out")]

@@ -7,7 +7,6 @@ RUN/checkpoints/N/  after N steps: `trainable` and `optimizer`, each an Orbax it
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vllama2_jax.checkpoints.card import CheckpointError
-from vllama2_jax.checkpoints.store import check_tree, quiet_orbax
+from vllama2_jax.checkpoints.store import check_tree, place, quiet_orbax
 
 FORMAT, VERSION = "vllama2_jax run", 1
 RUN, CARD, CHECKPOINTS = "run.json", "card", "checkpoints"
@@ -60,7 +59,7 @@ def write_run_card(folder: Path, card: RunCard) -> None:
     data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(card)}
     unfinished = folder / f"{RUN}.unfinished"
     unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / RUN)
+    unfinished.replace(folder / RUN)
 
 
 def read_run_card(folder: Path) -> RunCard:
@@ -140,7 +139,7 @@ class RunCheckpoints:
           keep_best: how many of those with the lowest score are kept beside them.
           read_only: touch nothing, since the run may still be going on.
         """
-        self.folder = Path(folder).absolute() / CHECKPOINTS
+        self.folder = place(folder) / CHECKPOINTS
         policies = [preservation_policy.LatestN(keep_last)]
         if keep_best:
             policies.append(

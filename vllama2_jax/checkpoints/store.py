@@ -7,7 +7,7 @@ DIR/params/           the arrays, an Orbax checkpoint
 
 import contextlib
 import logging
-import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vllama2_jax.checkpoints.card import CheckpointError, ModelCard, read_card, write_card
 
 PARAMS, TOKENIZER = "params", "tokenizer"
+
+
+def place(folder: str | os.PathLike) -> epath.Path:
+    """A folder by its whole name: local, or of a bucket (`gs://`)."""
+    name = os.fspath(folder)
+    return epath.Path(name if "://" in name else os.path.abspath(name))
 
 
 def is_saved_model(folder: Path) -> bool:
@@ -90,18 +97,22 @@ def save_model(folder: str | Path, params, card: ModelCard, tokenizer_files=()) 
       card: what describes them.
       tokenizer_files: paths copied into `folder/tokenizer`.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists and is not empty; choose another or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / PARAMS, params)
-    if tokenizer_files:
-        (folder / TOKENIZER).mkdir()
-        for path in tokenizer_files:
-            shutil.copyfile(path, folder / TOKENIZER / Path(path).name)
+    copy_files(tokenizer_files, folder / TOKENIZER)
     # The card comes last: a directory without it is an unfinished one.
     write_card(folder, card)
+
+
+def copy_files(paths, folder: epath.Path) -> None:
+    """Copy files into a folder, local or of a bucket, which is made if there are any."""
+    for path in map(epath.Path, paths):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
 
 
 def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCard]:
@@ -117,7 +128,7 @@ def load_model(folder: str | Path, expected, dtype=None) -> tuple[dict, ModelCar
       CheckpointError: if anything is missing, unexpected, misshapen, of another kind of dtype or
         unreadable, or if the card's sizes make no network.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder)
     card = read_card(folder)
     try:
         wanted = expected(card)

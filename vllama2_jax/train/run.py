@@ -16,12 +16,14 @@ from rich.console import Console
 
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.run import RunCheckpoints
+from vllama2_jax.checkpoints.store import place
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.curves import draw_curves
 from vllama2_jax.train.feeding import Feeding, make_feeding
+from vllama2_jax.train.journal import Journal
 from vllama2_jax.train.loop import StopSignals, run_steps
 from vllama2_jax.train.loss import batch_loss
 from vllama2_jax.train.metrics import MetricsLog, read_metrics
@@ -63,9 +65,10 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
       ValueError: if the configuration or the data cannot be used.
       FloatingPointError: if a loss or gradient is not finite.
     """
-    out, console = Path(out), Console(stderr=True)
-    window = Profile(out / PROFILE, *profile)
+    out, console = place(out), Console(stderr=True)
     claim(out, config)
+    journal = Journal(out)
+    window = Profile(journal.folder / PROFILE, *profile)
     with bar("reading", unit="tensors") as progress:
         params, card, tokenizer_folder = begin(config.start, None, config.seed, progress)
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -95,6 +98,7 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
     report = StepReport(config, card.config, feeding, assigned, trainable)
     del trainable
     with (
+        contextlib.closing(journal),
         contextlib.closing(window),
         RunCheckpoints(
             out, keep_last=config.save.keep_last, keep_best=config.save.keep_best
@@ -105,17 +109,20 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             restored = checkpoints.restore(step, state.trainable, state.optimizer)
             state = TrainState(jnp.asarray(step, jnp.int32), *restored)
             console.print(f"going on behind step {step} of {steps}")
-        with MetricsLog(out, restored_step=int(state.step)) as log, StopSignals() as stop:
+        with (
+            MetricsLog(journal.folder, restored_step=int(state.step)) as log,
+            StopSignals() as stop,
+        ):
             course = _Course(
-                config, out, feeding, validation, report, checkpoints, log, window, stop, frozen
+                config, journal, feeding, validation, report, checkpoints, log, window, stop, frozen
             )
             try:
                 state = course.run(make_run_step(config, card, feeding, optimizer), state)
                 checkpoints.wait()
             finally:  # what went wrong is seen best in them
                 write_faults(out, feeding)
-                if read_metrics(out):
-                    draw_curves(out)
+                if read_metrics(journal.folder):
+                    draw_curves(journal.folder)
     return Outcome(int(state.step), steps, stop.received)
 
 
@@ -143,7 +150,7 @@ class _Course:
     """What happens along the steps of a run: reports, validation, checkpoints."""
 
     config: TrainConfig
-    out: Path
+    journal: Journal
     feeding: Feeding
     validation: Validation | None
     report: StepReport
@@ -200,4 +207,5 @@ class _Course:
             return
         score = record.get("validation/loss", np.mean(self._losses))
         self._losses.clear()
+        self.journal.publish()
         self.checkpoints.save(record["step"], state.trainable, state.optimizer, score)

@@ -11,8 +11,10 @@ RUN/profile/         a trace for XProf, where one was asked for
 
 import dataclasses
 import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from etils import epath
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
 from vllama2_jax.checkpoints.card import write_card
@@ -25,14 +27,14 @@ from vllama2_jax.checkpoints.run import (
     run_card_folder,
     write_run_card,
 )
-from vllama2_jax.checkpoints.store import TOKENIZER
+from vllama2_jax.checkpoints.store import TOKENIZER, copy_files
 from vllama2_jax.train.config import TrainConfig, differences, to_json
 from vllama2_jax.train.feeding import Feeding
 
 CONFIG, INDEX, FAULTS, PROFILE = "train_config.json", "index", "faults.jsonl", "profile"
 
 
-def claim(out: Path, config: TrainConfig) -> None:
+def claim(out: epath.Path, config: TrainConfig) -> None:
     """Take a new folder, or make sure that it is this run's.
 
     Raises:
@@ -59,7 +61,14 @@ def claim(out: Path, config: TrainConfig) -> None:
     unfinished.replace(path)
 
 
-def introduce(out: Path, config: TrainConfig, card: ModelCard, files, frozen, feeding) -> None:
+def introduce(
+    out: epath.Path,
+    config: TrainConfig,
+    card: ModelCard,
+    files: Sequence[Path],
+    frozen: dict,
+    feeding: Feeding,
+) -> None:
     """Write what the run begins with, or hold it against what it began with.
 
     Raises:
@@ -84,15 +93,14 @@ def introduce(out: Path, config: TrainConfig, card: ModelCard, files, frozen, fe
             )
         return
     folder = run_card_folder(out)
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was cut short
-    (folder / TOKENIZER).mkdir(parents=True)
-    for path in files:
-        shutil.copyfile(path, folder / TOKENIZER / Path(path).name)
+    if folder.exists():  # of a start that was cut short
+        folder.rmtree()
+    copy_files(files, folder / TOKENIZER)
     write_card(folder, card)
     write_run_card(out, introduced)
 
 
-def write_faults(out: Path, feeding: Feeding) -> None:
+def write_faults(out: epath.Path, feeding: Feeding) -> None:
     """Write `faults.jsonl`: the records that this process could not read."""
     faults = sorted(feeding.feed.faults.values())
     lines = [json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in faults]

@@ -25,7 +25,7 @@ from vllama2_jax.train.config import RANDOM, STORED, StartConfig
 from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.lora import adapt, merge
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
-from vllama2_jax.weights import describe, find, float_dtype, read
+from vllama2_jax.weights import describe, find, float_dtype, local, read
 
 PARTS = ("vision", "connector", "decoder")
 
@@ -186,4 +186,4 @@ def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]
     params = merge(combine(trained, frozen))
     params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
     card_folder = run_card_folder(folder)
-    return params, read_card(card_folder), card_folder / TOKENIZER
+    return params, read_card(card_folder), local(card_folder / TOKENIZER)
