@@ -198,7 +198,7 @@ def main():
                 console.print(f"{folder} ...")
                 start = folder.with_name(f"{folder.name}-start")
                 school(kind, seed, options.lessons, start)
-                if run(experiment(kind, seed, options.steps, start), folder).signal:
+                if run(experiment(kind, seed, options.steps, start), folder).stopped_by:
                     return
             results[kind].append(result(folder))
     page = document(options, results)

@@ -13,10 +13,10 @@ from vllama2_jax.train.config import TrainConfig
 def audio_pretrain() -> fdl.Config[TrainConfig]:
     """VideoLLaMA2.1-7B-AV on WavCaps."""
     config = base("audio_pretrain")
-    config.start.model = "2.1-7B-AV"
+    config.start.model = "2.1-7B-16F"  # the audio tower, BEATs, comes with the audio branch
     config.rules = train_only("audio_connector/.*")
     config.data.sources = paper_sources(AUDIO_PRETRAIN, "audio_pretrain")
-    config.data.style = "plain"
+    config.data.style = "audio_plain"
     config.optimizer.learning_rate = 1e-3
     config.rows = 1024
     config.epochs = 1

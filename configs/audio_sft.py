@@ -13,7 +13,7 @@ from vllama2_jax.train.config import TrainConfig
 def audio_sft() -> fdl.Config[TrainConfig]:
     """VideoLLaMA2.1-7B-AV on Table 4's ten datasets."""
     config = base("audio_sft")
-    config.start.model = "2.1-7B-AV"
+    config.start.model = "runs/audio_pretrain"
     config.rules = train_only("audio/.*", "audio_connector/.*")
     config.data.sources = paper_sources(AUDIO_SFT, "audio_sft")
     config.optimizer.learning_rate = 2e-5

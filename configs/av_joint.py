@@ -14,15 +14,16 @@ from vllama2_jax.train.config import TrainConfig
 def av_joint() -> fdl.Config[TrainConfig]:
     """VideoLLaMA2.1-7B-AV, behind the two audio steps."""
     config = base("av_joint")
-    config.start.model = "2.1-7B-AV"
+    config.start.model = "runs/audio_sft"
     config.rules = train_only("connector/.*", "audio_connector/.*", "decoder/.*")
     config.data.sources = (
         *paper_sources(AV_JOINT, "av_joint"),
         source("audio", "av_joint", AUDIO_SFT.used),
         source("video", "av_joint", VIDEO_SFT.used),
     )
-    config.data.mix = "groups"
-    config.data.group = (0, 0, 1, 2)
+    for each in config.data.sources:
+        each.share = None  # an epoch reads the first source once, the others as the turns ask
+    config.data.mix = "joint"
     config.optimizer.learning_rate = 2e-5
     config.rows = 128
     config.epochs = 2

@@ -16,7 +16,8 @@ from absl import flags
 from fiddle import absl_flags
 
 from vllama2_jax.configs import fiddlers
-from vllama2_jax.train.config import TrainConfig, checked
+from vllama2_jax.models.config import config_from_dict
+from vllama2_jax.train.config import TrainConfig
 
 # Recipe -> its module here.
 RECIPES = {
@@ -40,10 +41,14 @@ def build(config: fdl.Config[TrainConfig]) -> TrainConfig:
     Raises:
       ValueError: naming every value that is missing or of another type.
     """
-    try:
-        return checked(fdl.build(config))
-    except TypeError as error:  # a dataclass without one of its arguments
-        raise ValueError(" ".join(str(error).split("\n")[0].split())) from None
+    return config_from_dict(TrainConfig, _plain(config))
+
+
+def _plain(value):
+    """Plain JSON types of a configuration's own arguments; nothing is built, so nothing fails."""
+    if isinstance(value, fdl.Config):
+        return {name: _plain(item) for name, item in fdl.ordered_arguments(value).items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def parse(
@@ -54,7 +59,7 @@ def parse(
     Args:
       directives: "config:RECIPE" first, then "fiddler:NAME", "fiddler:NAME(argument, ...)" or
         "set:path.to.field=value".
-      then: changes the recipe before the other directives do.
+      then: changes the recipe behind the last fiddler.
 
     Raises:
       ValueError: for what is not known, naming what is.
@@ -82,8 +87,9 @@ def parse(
         help_string="",
     )
     config = None
+    last = max(i for i, directive in enumerate(directives) if not directive.startswith("set:"))
     # One by one, so that an error can name its directive.
-    for directive in directives:
+    for number, directive in enumerate(directives):
         if directive.startswith("set:"):
             _check_assignment(config, directive)
         flag.parse([directive])
@@ -92,7 +98,7 @@ def parse(
         except (ValueError, TypeError, AttributeError, SyntaxError, IndexError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"--config={directive}: {reason}") from None
-        if directive is directives[0]:
+        if number == last:
             then(config)
     return config
 

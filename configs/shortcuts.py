@@ -1,13 +1,14 @@
 """What people change every day, as plain options in front of Fiddle's."""
 
 import dataclasses
+import os
 from pathlib import PurePath
 
 import fiddle as fdl
 
 from vllama2_jax.configs.fiddlers import lora
 from vllama2_jax.configs.parse import parse
-from vllama2_jax.models.zoo import PUBLISHED_PARTS
+from vllama2_jax.models.zoo import PUBLISHED_PARTS, model_config
 from vllama2_jax.train.config import STORED, SourceConfig, TrainConfig
 
 _NARROW, _WIDE = "tiny_video_sft", "video_sft"
@@ -65,7 +66,8 @@ def resolve(directives: list[str], shortcuts: Shortcuts) -> fdl.Config[TrainConf
     named, `video_sft` for any other.
 
     Args:
-      directives: of `parse`; the recipe may be missing. Those behind it win over the shortcuts.
+      directives: of `parse`; the recipe may be missing. Shortcuts win over the recipe and its
+        fiddlers, "set:" wins over shortcuts.
       shortcuts: what else is asked for.
 
     Raises:
@@ -111,9 +113,13 @@ def _start_from(config: fdl.Config[TrainConfig], model: str) -> None:
     """Take the parts that a recipe names from elsewhere from this model, or from its makers."""
     start = config.start
     start.model = model
-    for part, name in zip(
-        ("vision", "decoder"), PUBLISHED_PARTS.get(model, (STORED,) * 2), strict=True
-    ):
+    makers = (STORED, STORED)
+    if not os.path.isdir(model):
+        try:
+            makers = PUBLISHED_PARTS.get(model_config(model).name, makers)
+        except ValueError:
+            pass  # no published name: what it is turns out when it is looked for
+    for part, name in zip(("vision", "decoder"), makers, strict=True):
         if getattr(start, part) != STORED:
             setattr(start, part, name)
 

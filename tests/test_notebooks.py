@@ -1,6 +1,7 @@
 """The Colab notebooks run from top to bottom."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,11 @@ def test_notebook_runs(path, tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert not any(output.output_type == "error" for output in printed)
-    assert any("image/png" in output.get("data", {}) for output in printed), "no frames are shown"
+    assert any("image/png" in output.get("data", {}) for output in printed), "no picture is shown"
+    text = "".join(output.get("text", "") for output in printed)
+    answers = re.findall(r"->  (.*)  \(taught: (.*)\)$", text, re.MULTILINE)
+    assert all(answer == taught for answer, taught in answers), text
+    assert answers or path.stem != "train_your_own"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -15,9 +15,11 @@ def made(*directives, **shortcuts):
 
 @pytest.mark.parametrize("step", PAPER_MIXTURES)
 def test_recipes_read_the_papers_samples(step):
-    config = made(f"config:{step}")
-    rows = PAPER_MIXTURES[step].rows
-    assert [source.share for source in config.data.sources][: len(rows)] == [r.used for r in rows]
+    config, rows = made(f"config:{step}"), PAPER_MIXTURES[step].rows
+    sources = config.data.sources[: len(rows)]
+    assert [source.name for source in sources] == [row.name for row in rows]
+    if config.data.mix == "counts":
+        assert [source.share for source in sources] == [row.used for row in rows]
 
 
 # Steps, learning rates, batches, epochs: the table of the released scripts.
@@ -84,7 +86,15 @@ def test_a_typo_is_one_line_that_names_it(directives, said):
     [
         ("set:rows='x'", "rows must be a whole number, not 'x'"),
         ("set:optimizer.learning_rate=None", "optimizer.learning_rate must be a number"),
-        ("set:optimizer.warmup_ratio=2", "warmup_ratio 2 must be at least 0 and below 1"),
+        ("set:save.every=0", "save.every 0 must be at least 1"),
+        ("set:micro_batches=3", "rows 128 cannot be split into 3 equal micro_batches"),
+        ("set:average='token'", "unknown average 'token'; known: tokens, micro_batches"),
+        ("set:remat='all'", "unknown remat 'all'; known: none"),
+        ("set:data.mix='joint'", "with mix 'joint' it must be left out"),
+        ("set:data.sources[0].share=0.5", "it must be a whole number of samples"),
+        ("set:data.sources[0].name='llava_vqa'", "names must differ"),
+        ("set:steps=3", "give one of them"),
+        ("set:optimizer.warmup_ratio=2", "warmup_ratio 2.0 must be at least 0 and below 1"),
     ],
 )
 def test_values_of_another_type_are_refused_by_name(directive, said):
@@ -108,6 +118,13 @@ def test_plain_options_stand_in_front_of_directives():
     assert (config.data.workers, config.seed) == (0, 1)
 
 
+def test_plain_options_win_over_fiddlers():
+    config = made(
+        "config:video_sft", "fiddler:released_scripts", data="mine.json", model="my/model"
+    )
+    assert config.data.sources[0].file == "mine.json" and config.start.model == "my/model"
+
+
 def test_data_of_ones_own_replaces_the_recipes():
     config = made("config:video_sft", data="a/clips.json", media_root="m", validation="a/v.json")
     (source,) = config.data.sources
@@ -127,6 +144,8 @@ def test_a_model_brings_the_parts_that_pretraining_takes_from_elsewhere():
     start = made("config:video_pretrain", model="2.1-7B-16F").start
     assert start.vision == "google/siglip-so400m-patch14-384"
     assert start.decoder == "Qwen/Qwen2-7B-Instruct" and start.connector == "random"
+    start = made("config:video_pretrain", model="DAMO-NLP-SG/VideoLLaMA2-7B").start
+    assert start.decoder == "mistralai/Mistral-7B-Instruct-v0.2"
     start = made("config:video_pretrain", model="some/folder").start
     assert (start.vision, start.connector, start.decoder) == ("stored", "random", "stored")
 

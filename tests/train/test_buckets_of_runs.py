@@ -15,7 +15,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from vllama2_jax.checkpoints import CheckpointError
 from vllama2_jax.checkpoints.run import is_run, read_run_card, run_card_folder
 from vllama2_jax.checkpoints.store import place
-from vllama2_jax.train.feeding import Feeding
 from vllama2_jax.train.journal import Journal
 from vllama2_jax.train.metrics import MetricsLog, read_metrics
 from vllama2_jax.train.run_folder import CONFIG, claim, introduce
@@ -45,9 +44,9 @@ def bucket(monkeypatch):
 def test_a_run_introduces_itself_in_a_bucket(bucket, small_run):
     card, tokenizer = describe("tiny")
     files = sorted(tokenizer.iterdir())
-    feeding = Feeding(None, None, (), {"toybox": "abc"})
     claim(bucket, small_run)
-    introduce(bucket, small_run, card, files, {}, feeding)
+    claim(bucket, small_run)
+    introduce(bucket, small_run, card, files, {}, {"toybox": "abc"})
     assert is_run(bucket) and read_run_card(bucket).data == {"toybox": "abc"}
     assert json.loads((bucket / CONFIG).read_text())["rows"] == 4
     claim(bucket, small_run)

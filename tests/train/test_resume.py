@@ -10,6 +10,7 @@ import time
 
 import jax
 import optax
+import psutil
 import pytest
 
 from vllama2_jax.checkpoints import CheckpointError
@@ -36,9 +37,9 @@ def command(small_model, clips, tmp_path_factory):
     }
     arguments = [sys.executable, "-m", "vllama2_jax.cli", "train", *options.split()]
 
-    def start(out):
+    def start(out, *more):
         return subprocess.Popen(
-            [*arguments, "--out", str(out)],
+            [*arguments, "--out", str(out), *more],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -67,12 +68,13 @@ def lines(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def stop_behind(process, out, step, number):
-    """Send a signal once so many steps are logged."""
+def stop_behind(process, out, step, number, watch=lambda: None):
+    """Send a signal once so many steps are logged; `watch` is called until then."""
     deadline = time.monotonic() + 240
     while lines(out) < step:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
+        watch()
         time.sleep(0.002)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
@@ -95,6 +97,18 @@ def test_a_run_killed_twice_is_bit_for_bit_the_same(command, uninterrupted, tmp_
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [
         *range(1, STEPS + 1)
     ]
+
+
+def test_no_process_outlives_a_killed_run(command, tmp_path):
+    """Grain's workers, and their decoders, would wait for the dead run for good."""
+    out, left = tmp_path / "run", set()
+    process = command(out, "--workers", "2")
+    children = psutil.Process(process.pid).children
+    stop_behind(
+        process, out, 3, signal.SIGKILL, watch=lambda: left.update(children(recursive=True))
+    )
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert len(left) >= 2 and not alive
 
 
 def test_sigterm_saves_where_it_is_and_says_so(command, uninterrupted, tmp_path):

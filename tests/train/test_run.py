@@ -26,7 +26,7 @@ from vllama2_jax.weights import read
 def done(small_run, tmp_path_factory):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "done"
-    assert run(small_run, folder) == Outcome(12, 12, None)
+    assert run(small_run, folder, profile=(2, 3)) == Outcome(12, 12)
     return folder
 
 
@@ -63,6 +63,7 @@ def test_the_folder_describes_itself(done):
     assert config["rows"] == 4 and config["optimizer"]["learning_rate"] == 1e-2
     assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((done / "tensorboard").iterdir())
+    assert any((done / "profile").rglob("*.xplane.pb"))
     assert not (done / "faults.jsonl").exists()
 
 
@@ -91,7 +92,7 @@ def test_a_run_loads_as_the_model_that_it_made(done, small_run, clips):
 def test_a_finished_run_started_again_changes_nothing(done, small_run, tmp_path):
     folder = copy_of(done, tmp_path)
     before = (folder / "metrics.jsonl").read_bytes()
-    assert run(small_run, folder) == Outcome(12, 12, None)
+    assert run(small_run, folder) == Outcome(12, 12)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -132,6 +133,13 @@ def test_a_changed_base_is_refused(done, small_run, small_model, tmp_path):
     (folder / "run.json").write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match=f"has changed since, in 1 of .*{first}"):
         read(folder, np.float32, scan_layers=True)
+
+
+def test_a_start_that_failed_does_not_claim_its_folder(small_run, tmp_path):
+    missing = dataclasses.replace(small_run.data, sources=(SourceConfig("x", "nowhere.json"),))
+    with pytest.raises(ValueError, match=r"nowhere\.json: cannot be read"):
+        run(dataclasses.replace(small_run, data=missing), tmp_path)
+    assert run(small_run, tmp_path) == Outcome(12, 12)
 
 
 def test_a_folder_that_is_no_run_is_refused(small_run, tmp_path):

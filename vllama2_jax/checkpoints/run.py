@@ -150,18 +150,18 @@ class RunCheckpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-            save_decision_policy=_always,
-        )
         handlers = {
             _TRAINABLE: ocp.StandardCheckpointHandler(),
             _OPTIMIZER: ocp.StandardCheckpointHandler(),
         }
         with quiet_orbax():  # its warnings about being read only are what was asked for
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+                save_decision_policy=_always,
+            )
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=handlers
             )
@@ -183,14 +183,14 @@ class RunCheckpoints:
         """The newest step that can be restored."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trainable: dict, optimizer, score: float) -> None:
+    def save(self, step: int, trainable: dict, optimizer, score: float | None) -> None:
         """Begin to save; the arrays are copied before this returns, so a step may consume them.
 
         Args:
           step: steps taken.
           trainable: {path: array}.
           optimizer: its state.
-          score: what the best are chosen by, lower is better.
+          score: what the best are chosen by, lower is better; None is never among them.
 
         Raises:
           CheckpointError: if this save, or the one before, has failed.
@@ -204,7 +204,7 @@ class RunCheckpoints:
                         _OPTIMIZER: ocp.args.StandardSave(optimizer),
                     }
                 ),
-                metrics={_SCORE: float(score)},
+                metrics=None if score is None else {_SCORE: float(score)},
             )
         )
 

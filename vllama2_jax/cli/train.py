@@ -48,15 +48,22 @@ def _train(options) -> int:
     if not options.out:
         raise ValueError("--out is missing: the folder that the run is kept in")
     from vllama2_jax.train.run import run
+    from vllama2_jax.train.run_folder import FAULTS
 
     done = run(config, Path(options.out), _window(options.profile))
-    if done.signal is not None:
+    if done.faults:
         print(
-            f"stopped by {done.signal.name} behind step {done.step} of {done.steps}; the same "
+            f"{done.faults} records could not be read and were left out; "
+            f"{Path(options.out) / FAULTS} says why",
+            file=sys.stderr,
+        )
+    if done.stopped_by is not None:
+        print(
+            f"stopped by {done.stopped_by.name} behind step {done.step} of {done.steps}; the same "
             "command goes on from there",
             file=sys.stderr,
         )
-        return 128 + done.signal
+        return 128 + done.stopped_by
     print(f"{done.steps} steps done; ask it: vllama2 ask VIDEO QUESTION --model {options.out}")
     return 0
 

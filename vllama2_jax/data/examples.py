@@ -10,6 +10,7 @@ from vllama2_jax.text import (
     Example,
     Supervised,
     Tokenizer,
+    audio_plain_example,
     plain_example,
     render,
     sft_example,
@@ -18,7 +19,7 @@ from vllama2_jax.text import (
     truncate,
 )
 
-_STYLES = ("sft", "plain")
+STYLES = ("sft", "plain", "audio_plain")
 
 
 def text_tokens(record: Record, template: str | ChatTemplate, tokenizer: Tokenizer) -> int:
@@ -42,8 +43,8 @@ class RecordFormat:
     Attributes:
       tokenizer: its ids.
       template: as in `text.render`; not used by "plain".
-      style: "sft", a conversation whose answers are supervised, or "plain", a caption of connector
-        pre-training (see `text.plain_example`).
+      style: "sft", a conversation whose answers are supervised; or a caption of connector
+        pre-training, "plain" (`text.plain_example`) or "audio_plain" (`text.audio_plain_example`).
       media_tokens: slots of a clip.
       max_tokens: ids are cut there, a placeholder counting as one (the original's
         `model_max_length`), so that a row with a clip may be longer by its slots.
@@ -58,8 +59,8 @@ class RecordFormat:
     max_length: int
 
     def __post_init__(self):
-        if self.style not in _STYLES:
-            raise ValueError(f"unknown style {self.style!r}; known: {', '.join(_STYLES)}")
+        if self.style not in STYLES:
+            raise ValueError(f"unknown style {self.style!r}; known: {', '.join(STYLES)}")
         if self.limit(1) < 2:
             raise ValueError(
                 f"rows of {self.max_length} slots leave no room for text beside a clip of "
@@ -92,7 +93,7 @@ class RecordFormat:
         Raises:
           ValueError: if the record makes no example, saying why.
         """
-        if self.style == "plain":
+        if self.style != "sft":
             return _count_text(self.example(record).ids)
         return text_tokens(record, self.template, self.tokenizer)
 
@@ -105,6 +106,8 @@ class RecordFormat:
         messages = record.messages()
         if self.style == "plain":
             return plain_example(messages, self.tokenizer)
+        if self.style == "audio_plain":
+            return audio_plain_example(messages, self.template, self.tokenizer)
         return sft_example(messages, self.template, self.tokenizer)
 
     def supervised(self, record: Record) -> Supervised:

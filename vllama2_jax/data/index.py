@@ -161,12 +161,12 @@ def joint_datasets(indices: Sequence[Index]) -> tuple[tuple[str, ...], tuple[np.
 
 def _key(source: Source, record_format: RecordFormat, default_dataset: str) -> str:
     """All that an index depends on, as text."""
-    is_sft = record_format.style == "sft"
+    uses_template = record_format.style != "plain"
     about = {
         "version": _VERSION,
         "records": source.fingerprint,
         "tokenizer": record_format.tokenizer.fingerprint(),
-        "template": template_key(record_format.template) if is_sft else None,
+        "template": template_key(record_format.template) if uses_template else None,
         "style": record_format.style,
         "default_dataset": default_dataset,
     }

@@ -46,7 +46,7 @@ def plan_window(
 
     With packing, records are put best-fit, longest first, into rows of `max_length`, which are then
     dealt to steps at random. Without, each record is a row,
-    and rows of like length share a step.
+    and rows of one bucket share a step, as far as they fill it.
     The steps of a window come in random order.
 
     Args:
@@ -78,7 +78,10 @@ def plan_window(
         order = permute(np.arange(len(filled)), len(filled), seed, _ROWS, window)
     else:
         filled, row_lengths = [[number] for number in range(len(lengths))], lengths
-        order = np.argsort(lengths, kind="stable")
+        # By bucket and no finer: rows are padded to it anyway, and copies of a record, of which a
+        # window of a small set holds many, would otherwise stand side by side.
+        shuffled = permute(np.arange(len(lengths)), len(lengths), seed, _ROWS, window)
+        order = shuffled[np.argsort(np.searchsorted(buckets, lengths[shuffled]), kind="stable")]
     steps = np.array_split(order, -(-len(filled) // rows))
     plans = []
     for place in permute(np.arange(len(steps)), len(steps), seed, _STEPS, window):

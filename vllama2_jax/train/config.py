@@ -5,14 +5,30 @@ JSON (`to_json`), by which a run that is started again knows itself.
 """
 
 import dataclasses
+import re
 
+from vllama2_jax.data.examples import STYLES
 from vllama2_jax.models.config import config_from_dict
+from vllama2_jax.models.remat import REMAT_POLICIES
 from vllama2_jax.train.loss import LossConfig
 from vllama2_jax.train.optimizer import OptimizerConfig
+from vllama2_jax.train.step import AVERAGES
 from vllama2_jax.train.trainable import Rule
 
 STORED, RANDOM = "stored", "random"
-STYLES = ("sft", "plain")
+MIXES = ("counts", "weights", "joint")
+
+
+def _check_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def _check_least(least: int, where: str, config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < least:
+            raise ValueError(f"{where}{name} {value} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +105,24 @@ class DataConfig:
 
     Attributes:
       sources: of the mixture.
-      mix: "counts", "weights", or "groups", whose members `group` names.
-      group: numbers of sources, for "groups": (0, 0, 1, 2) is the 2:1:1 of joint training.
-      shuffled_once: of "groups", the original's half-used lists (see `mixture.joint_mixture`).
-      style: "sft", conversations whose answers are supervised, or "plain", captions.
+      mix: "counts", "weights", or "joint", which reads two samples of the first of three sources,
+        one of the second and one of the third in turn (see `mixture.joint_mixture`).
+      shuffled_once: of "joint", the original's half-used lists.
+      style: "sft", conversations whose answers are supervised, or "plain" or "audio_plain",
+        captions (see `examples.RecordFormat`).
       square_pad: frames are padded to squares, here and when the trained model is asked.
       max_tokens: ids of a record, its media counting as one (the original's `model_max_length`).
       max_length: slots of the longest row; None leaves room for `max_tokens` beside a clip.
       buckets: lengths that rows may have; None is four, up to `max_length`.
       packing: several records share a row.
       max_clips: media of a row.
-      max_faults: unreadable records that end the run.
+      max_faults: the run ends when more records than this turn out unreadable, or more than a
+        quarter of all.
       workers: processes that read and decode; 0 is a thread of the training process.
     """
 
     sources: tuple[SourceConfig | ToyboxConfig, ...]
     mix: str = "counts"
-    group: tuple[int, ...] = ()
     shuffled_once: bool = False
     style: str = "sft"
     square_pad: bool = True
@@ -116,6 +133,26 @@ class DataConfig:
     max_clips: int = 1
     max_faults: int = 100
     workers: int = 2
+
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        _check_known("data.mix", self.mix, MIXES)
+        _check_known("data.style", self.style, STYLES)
+        _check_least(0, "data.", self, "max_faults", "workers")
+        _check_least(1, "data.", self, "max_clips", "max_tokens")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources: names must differ, found {', '.join(names)}")
+        for source in self.sources:
+            whole = source.share is None or source.share == int(source.share)
+            if (self.mix == "joint" and source.share is not None) or (
+                self.mix == "counts" and not (whole and (source.share is None or source.share > 0))
+            ):
+                raise ValueError(
+                    f"data.sources: {source.name} has the share {source.share}; with mix "
+                    f"{self.mix!r} it must be "
+                    + ("left out" if self.mix == "joint" else "a whole number of samples")
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +172,10 @@ class ValidationConfig:
     max_records: int = 512
     accuracy: bool = False
 
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        _check_least(1, "validation.", self, "every", "max_records")
+
 
 @dataclasses.dataclass(frozen=True)
 class SaveConfig:
@@ -150,6 +191,11 @@ class SaveConfig:
     every: int = 500
     keep_last: int = 2
     keep_best: int = 1
+
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        _check_least(1, "save.", self, "every", "keep_last")
+        _check_least(0, "save.", self, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,18 +238,23 @@ class TrainConfig:
     save: SaveConfig = SaveConfig()
     seed: int = 42
 
-
-def checked(config: TrainConfig) -> TrainConfig:
-    """The same configuration, with tuples for lists, after a look at every value.
-
-    Raises:
-      ValueError: naming every value that is missing, unknown or of another type.
-    """
-    return config_from_dict(TrainConfig, to_json(config))
+    def __post_init__(self):
+        """Refuse what cannot be meant."""
+        _check_least(1, "", self, "rows", "micro_batches")
+        if self.rows % self.micro_batches:
+            raise ValueError(
+                f"rows {self.rows} cannot be split into {self.micro_batches} equal micro_batches; "
+                "choose a number that divides them"
+            )
+        _check_known("average", self.average, AVERAGES)
+        _check_known("remat", self.remat, tuple(REMAT_POLICIES))
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs}: give one of them")
+        _check_least(1, "", self, "epochs" if self.steps is None else "steps")
 
 
 # What may differ when a run is continued: it changes no number that the run computes.
-FREE = ("data.workers", "save.every", "save.keep_last", "save.keep_best")
+_FREE = re.compile(r"data\.(workers|max_faults|sources\.\d+\.frames)|save\.\w+")
 
 
 def to_json(config: TrainConfig) -> dict:
@@ -230,11 +281,15 @@ def flat_json(value, path: str = "") -> dict[str, object]:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Lines "path: old -> new" of two configs' JSON, apart from `FREE`."""
+    """Lines "path: old -> new" of two configs' JSON, apart from what does not matter."""
+    try:  # fields that are newer than the run have their defaults
+        old = to_json(config_from_dict(TrainConfig, old))
+    except ValueError:
+        pass  # of another version of this package: its own words are compared
     before, after = flat_json(old), flat_json(new)
     absent = "(absent)"
     return [
         f"{path}: {before.get(path, absent)!r} -> {after.get(path, absent)!r}"
         for path in sorted(before | after)
-        if path not in FREE and before.get(path, absent) != after.get(path, absent)
+        if not _FREE.fullmatch(path) and before.get(path, absent) != after.get(path, absent)
     ]

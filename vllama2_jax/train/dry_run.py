@@ -1,6 +1,7 @@
 """What a run would do, said without reading a weight or taking a step."""
 
 import collections
+import sys
 import tempfile
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     Raises:
       ValueError: for what `run` would refuse before it reads weights.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     card, folder = describe_start(config.start)
     tokenizer = load_tokenizer(folder)
     card = trained_card(card, config, tokenizer)

@@ -15,7 +15,7 @@ from vllama2_jax.data.check_report import read_usable
 from vllama2_jax.data.examples import RecordFormat, Subset
 from vllama2_jax.data.frame_cache import CachedClipReader
 from vllama2_jax.data.index import Index, joint_datasets, load_or_build
-from vllama2_jax.data.mixture import Mixture
+from vllama2_jax.data.mixture import Mixture, joint_mixture
 from vllama2_jax.data.pipeline import Feed
 from vllama2_jax.data.schedule import Schedule
 from vllama2_jax.data.sources import open_source
@@ -98,7 +98,6 @@ def make_feeding(
     """
     sources = data.sources
     if held_out is not None:
-        # The decoder of this process is idle while the run validates.
         data = dataclasses.replace(data, mix="counts", workers=0)
         sources = tuple(dataclasses.replace(s, share=None) for s in held_out.sources)
         epochs = 1
@@ -146,7 +145,8 @@ def make_feeding(
         max_clips=max_clips,
         dataset_codes=codes,
     )
-    feed = Feed(schedule, assembler, workers=data.workers, max_faults=data.max_faults)
+    few = max(sum(map(len, indices)) // 4, 1)  # a wrong media root must not pass for bad luck
+    feed = Feed(schedule, assembler, workers=data.workers, max_faults=min(data.max_faults, few))
     fingerprints = {
         source.name: records.fingerprint for source, records in zip(sources, opened, strict=True)
     }
@@ -223,10 +223,8 @@ def _mixture(data: DataConfig, sizes: Sequence[int], shares: Sequence, seed: int
         if None in shares:
             raise ValueError("a mixture by weights needs a share of every source; one has none")
         return Mixture.by_weights(sizes, shares, seed)
-    if data.mix == "groups":
-        # An epoch reads the first source once.
-        groups = -(-sizes[data.group[0]] // data.group.count(data.group[0])) if data.group else 0
-        return Mixture.in_groups(
-            sizes, data.group, seed, groups=groups, shuffled_once=data.shuffled_once
+    if len(sizes) != 3:
+        raise ValueError(
+            f"mix 'joint' needs three sources, audio-video, audio and video; there are {len(sizes)}"
         )
-    raise ValueError(f"unknown mix {data.mix!r}; known: counts, weights, groups")
+    return joint_mixture(*sizes, seed, original=data.shuffled_once)

@@ -71,9 +71,13 @@ def run_steps(
         """The numbers of a step, once it is done."""
         nonlocal clock
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        _check_finite(metrics, label, number, names)
         before, clock = clock, time.perf_counter()
-        return {"step": number, **metrics, "seconds": clock - before}
+        record = {"step": number, **metrics, "seconds": clock - before}
+        if not all(math.isfinite(metrics[name]) for name in _MUST_BE_FINITE):
+            if log:
+                log(record)
+            raise _not_finite(record, label, names)
+        return record
 
     def show(record: dict) -> None:
         words = (log(record) if log else None) or ""
@@ -147,15 +151,17 @@ class StopSignals:
             signal.signal(known, handler)
 
 
-def _check_finite(metrics, label: str, number: int, names) -> None:
-    """Stop at the first step whose loss or gradient is not a number."""
-    bad = [f"{k} {metrics[k]}" for k in ("loss", "grad_norm") if not math.isfinite(metrics[k])]
-    if bad:
-        records = f" of records {', '.join(names(number))}" if names else ""
-        raise FloatingPointError(
-            f"{label}: {' and '.join(bad)} at step {number}{records}; look at those records, or "
-            "train from the last checkpoint with a lower learning rate"
-        )
+_MUST_BE_FINITE = ("loss", "grad_norm")
+
+
+def _not_finite(record: dict, label: str, names) -> FloatingPointError:
+    """What ends a run at the first step whose loss or gradient is not a number."""
+    bad = [f"{k} {record[k]}" for k in _MUST_BE_FINITE if not math.isfinite(record[k])]
+    records = f" of records {', '.join(names(record['step']))}" if names else ""
+    return FloatingPointError(
+        f"{label}: {' and '.join(bad)} at step {record['step']}{records}; look at those records, "
+        "or train from the last checkpoint with a lower learning rate"
+    )
 
 
 def prefetch(batches: Iterator, depth: int = 2) -> Generator:

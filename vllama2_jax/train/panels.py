@@ -109,7 +109,7 @@ def _draw(axes, panel: Panel) -> list[tuple[float, str, str]]:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(_FORMATS["rate"])
     if panel.scale == "log" and any((line.curve.values > 0).any() for line in panel.lines):
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(_FORMATS[panel.scale])

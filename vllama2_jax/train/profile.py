@@ -28,6 +28,10 @@ class Profile:
             )
         self._running = False
 
+    def borders(self, step: int) -> bool:
+        """Whether the window begins or ends behind this step, so that the device must be idle."""
+        return step in (self.first - 1, self.last)
+
     def reached(self, step: int) -> None:
         """Called in front of the first step and behind every one; `step` are done."""
         if self._running and step >= self.last:

@@ -1,8 +1,11 @@
 """What is told of each step: the numbers that are logged, and the words beside the bar."""
 
+import math
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.lora import kernel_path
@@ -45,7 +48,9 @@ class StepReport:
                 if path != kernel_path(path)
             )
         )
-        self._rate = learning_rate(config.optimizer, len(feeding.schedule))
+        steps = len(feeding.schedule)
+        # All at once: a rate that is computed in its turn waits for the steps in front of it.
+        self._rates = np.asarray(learning_rate(config.optimizer, steps)(jnp.arange(steps)))
         self._flops: dict[int, int] = {}
         device = jax.devices()[0]
         self._speed = Speed(peak_flops=peak_flops(device.device_kind, config.dtype))
@@ -59,8 +64,10 @@ class StepReport:
         number = record["step"] - 1
         step = self._feeding.schedule[number]
         record = dataset_losses(record)
+        if not record["supervised_tokens"]:  # nothing was learnt, so there is no mean
+            record["loss"] = record["cross_entropy"] = math.nan
         record["samples"] = sum(len(row) for row in step.rows)
-        record["learning_rate"] = float(self._rate(number))
+        record["learning_rate"] = float(self._rates[number])
         return record | self._speed.update(
             tokens=record["tokens"],
             samples=record["samples"],
@@ -95,11 +102,15 @@ def in_words(record: dict) -> str:
     words = [
         f"{record['tokens_per_second']:,.0f} tokens/s",
         f"{record['samples_per_second']:.1f} samples/s",
-        f"{record['model_flops_per_second'] / 1e12:.3g} TFLOP/s",
+        _flops_in_words(record["model_flops_per_second"]),
     ]
     if "utilisation" in record:
         words.append(f"{record['utilisation']:.0%} of peak")
     return " · ".join(words)
+
+
+def _flops_in_words(flops: float) -> str:
+    return f"{flops / 1e9:.3g} GFLOP/s" if flops < 1e12 else f"{flops / 1e12:.3g} TFLOP/s"
 
 
 def part_actions(assigned: dict[str, Rule]) -> dict[str, str]:

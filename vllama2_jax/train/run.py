@@ -6,10 +6,12 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.console import Console
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.run import RunCheckpoints
 from vllama2_jax.checkpoints.store import place
+from vllama2_jax.data.assemble import Fault
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -30,8 +33,15 @@ from vllama2_jax.train.metrics import MetricsLog, read_metrics
 from vllama2_jax.train.optimizer import make_optimizer
 from vllama2_jax.train.profile import Profile
 from vllama2_jax.train.report import StepReport, in_words
-from vllama2_jax.train.run_folder import INDEX, PROFILE, claim, introduce, write_faults
-from vllama2_jax.train.start import begin, prepare
+from vllama2_jax.train.run_folder import (
+    INDEX,
+    PROFILE,
+    claim,
+    introduce,
+    locked,
+    write_faults,
+)
+from vllama2_jax.train.start import begin, describe_start, prepare
 from vllama2_jax.train.step import TrainState, init_state, make_step
 from vllama2_jax.train.trainable import combine, parameter_table
 from vllama2_jax.train.validation import Validation
@@ -44,12 +54,14 @@ class Outcome(NamedTuple):
     Attributes:
       step: steps taken.
       steps: of the whole run.
-      signal: what stopped it before its end, None if nothing did.
+      stopped_by: a signal that ended it before its last step.
+      faults: records that could not be read, told in `faults.jsonl`.
     """
 
     step: int
     steps: int
-    signal: signal.Signals | None
+    stopped_by: signal.Signals | None = None
+    faults: int = 0
 
 
 def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0)) -> Outcome:
@@ -66,64 +78,98 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
       FloatingPointError: if a loss or gradient is not finite.
     """
     out, console = place(out), Console(stderr=True)
-    claim(out, config)
-    journal = Journal(out)
-    window = Profile(journal.folder / PROFILE, *profile)
-    with bar("reading", unit="tensors") as progress:
-        params, card, tokenizer_folder = begin(config.start, None, config.seed, progress)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    card = trained_card(card, config, tokenizer)
-    dtype = float_dtype(config.dtype)
-    trainable, frozen, assigned = prepare(params, config.rules, dtype, config.seed)
-    del params
-    console.print(parameter_table(combine(trainable, frozen), assigned))
-    index = out / INDEX
-    feeding = make_feeding(
-        config.data,
-        card,
-        tokenizer,
-        rows=config.rows,
-        seed=config.seed,
-        index_folder=index,
-        epochs=config.epochs,
-        steps=config.steps,
-    )
-    validation = None
-    if config.validation.sources:
-        validation = Validation(config, card, tokenizer, index)
-    introduce(out, config, card, tokenizer_files(tokenizer_folder), frozen, feeding)
-    steps = len(feeding.schedule)
-    optimizer = make_optimizer(config.optimizer, steps, assigned)
-    state = init_state(trainable, optimizer)
-    report = StepReport(config, card.config, feeding, assigned, trainable)
-    del trainable
-    with (
-        contextlib.closing(journal),
-        contextlib.closing(window),
-        RunCheckpoints(
-            out, keep_last=config.save.keep_last, keep_best=config.save.keep_best
-        ) as checkpoints,
-    ):
-        if checkpoints.latest is not None:
-            step = checkpoints.latest
-            restored = checkpoints.restore(step, state.trainable, state.optimizer)
-            state = TrainState(jnp.asarray(step, jnp.int32), *restored)
-            console.print(f"going on behind step {step} of {steps}")
-        with (
-            MetricsLog(journal.folder, restored_step=int(state.step)) as log,
-            StopSignals() as stop,
-        ):
-            course = _Course(
-                config, journal, feeding, validation, report, checkpoints, log, window, stop, frozen
+    _check_devices(console)
+    with locked(out):
+        claim(out, config)
+        # The data first: what is wrong with them is seen sooner than weights are read.
+        card, tokenizer_folder = describe_start(config.start)
+        tokenizer = load_tokenizer(tokenizer_folder)
+        card = trained_card(card, config, tokenizer)
+        feeding = make_feeding(
+            config.data,
+            card,
+            tokenizer,
+            rows=config.rows,
+            seed=config.seed,
+            index_folder=out / INDEX,
+            epochs=config.epochs,
+            steps=config.steps,
+        )
+        validation = None
+        if config.validation.sources:
+            validation = Validation(config, card, tokenizer, out / INDEX)
+        with bar("reading", unit="tensors") as progress:
+            params, _, _ = begin(config.start, None, config.seed, progress)
+        dtype = float_dtype(config.dtype)
+        prepared = prepare(params, config.start, config.rules, dtype, config.seed)
+        frozen, assigned = prepared.frozen, prepared.assigned
+        console.print(parameter_table(combine(prepared.trainable, frozen), assigned))
+        files = tokenizer_files(tokenizer_folder)
+        introduce(out, config, card, files, prepared.reference, feeding.fingerprints)
+        report = StepReport(config, card.config, feeding, assigned, prepared.trainable)
+        optimizer = make_optimizer(config.optimizer, len(feeding.schedule), assigned)
+        with contextlib.ExitStack() as stack:
+            save = config.save
+            checkpoints = stack.enter_context(
+                RunCheckpoints(out, keep_last=save.keep_last, keep_best=save.keep_best)
             )
+            trainable = prepared.trainable
+            del params, prepared
+            state = _first_state(checkpoints, trainable, optimizer)
+            del trainable
+            if state.step:
+                console.print(f"going on behind step {state.step} of {len(feeding.schedule)}")
+            journal = stack.enter_context(contextlib.closing(Journal(out)))
+            log = stack.enter_context(MetricsLog(journal.folder, restored_step=int(state.step)))
+            course = _Course(
+                config=config,
+                journal=journal,
+                feeding=feeding,
+                validation=validation,
+                report=report,
+                checkpoints=checkpoints,
+                log=log,
+                window=stack.enter_context(
+                    contextlib.closing(Profile(journal.folder / PROFILE, *profile))
+                ),
+                stop=stack.enter_context(StopSignals()),
+                frozen=frozen,
+            )
+            del frozen
             try:
                 state = course.run(make_run_step(config, card, feeding, optimizer), state)
                 checkpoints.wait()
             finally:  # what went wrong is seen best in them
-                write_faults(out, feeding)
+                course.write_faults()
                 if read_metrics(journal.folder):
                     draw_curves(journal.folder)
-    return Outcome(int(state.step), steps, stop.received)
+        return Outcome(
+            int(state.step), len(feeding.schedule), course.stop.received, len(course.faults())
+        )
+
+
+def _check_devices(console: Console) -> None:
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this version trains in one process, and there are {jax.process_count()}; start one"
+        )
+    if jax.device_count() > 1:
+        console.print(
+            f"this version trains on one device; {jax.device_count() - 1} of "
+            f"{jax.device_count()} stay idle"
+        )
+
+
+def _first_state(checkpoints: RunCheckpoints, trainable: dict, optimizer) -> TrainState:
+    """The newest checkpoint's state, or that of before the first step; never both in memory."""
+    if checkpoints.latest is None:
+        return init_state(trainable, optimizer)
+    shapes = jax.eval_shape(lambda: init_state(trainable, optimizer))
+    for leaf in trainable.values():  # what was trained takes the place of what it began with
+        leaf.delete()
+    step = checkpoints.latest
+    restored = checkpoints.restore(step, shapes.trainable, shapes.optimizer)
+    return TrainState(jnp.asarray(step, jnp.int32), *restored)
 
 
 def trained_card(card: ModelCard, config: TrainConfig, tokenizer: Tokenizer) -> ModelCard:
@@ -179,7 +225,9 @@ class _Course:
             names=lambda number: self.feeding.record_ids(number - 1),
             examine=self._examine,
             keep=self._keep,
-            due=lambda number: self._saves(number) or self._validates(number),
+            due=lambda number: (
+                self._saves(number) or self._validates(number) or self.window.borders(number)
+            ),
             stop=lambda: bool(self.stop),
         )
 
@@ -190,13 +238,16 @@ class _Course:
         return self.validation is not None and number % self.config.validation.every == 0
 
     def _examine(self, number: int, state: TrainState) -> dict:
-        if self.validation is None or not (self._saves(number) or self._validates(number)):
+        if self.stop or self.validation is None:
             return {}  # told to stop: what matters now is to save
+        if not (self._saves(number) or self._validates(number)):
+            return {}
         return self.validation(state.trainable, self.frozen)
 
     def _write(self, record: dict) -> str:
         record = self.report(record)
-        self._losses.append(record["loss"])
+        if math.isfinite(record["loss"]):
+            self._losses.append(record["loss"])
         self.log.write(record)
         self.checkpoints.check()
         self.window.reached(record["step"])
@@ -205,7 +256,19 @@ class _Course:
     def _keep(self, state: TrainState, record: dict) -> None:
         if not (self._saves(record["step"]) or self.stop):
             return
-        score = record.get("validation/loss", np.mean(self._losses))
+        score = record.get("validation/loss")
+        if self.validation is None and self._losses:  # two kinds of score cannot be compared
+            score = float(np.mean(self._losses))
         self._losses.clear()
+        self.write_faults()
         self.journal.publish()
         self.checkpoints.save(record["step"], state.trainable, state.optimizer, score)
+
+    def faults(self) -> list[Fault]:
+        """Records that this process could not read."""
+        held_out = self.validation.faults if self.validation else []
+        return [*self.feeding.feed.faults.values(), *held_out]
+
+    def write_faults(self) -> None:
+        """Keep them, beside those of earlier processes."""
+        write_faults(self.journal.folder, self.faults())

@@ -5,13 +5,17 @@ RUN/run.json, card/, checkpoints/   see `checkpoints/run.py`
 RUN/metrics.jsonl, tensorboard/     see `metrics.py`
 RUN/curves.png       see `curves.py`
 RUN/faults.jsonl     records that could not be read, and why
+RUN/lock             held by the process that trains
 RUN/index/           lengths of records, so that a second start need not count them again
 RUN/profile/         a trace for XProf, where one was asked for
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -19,19 +23,23 @@ from etils import epath
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
 from vllama2_jax.checkpoints.card import write_card
 from vllama2_jax.checkpoints.run import (
+    CARD,
+    RUN,
     RunCard,
     check_frozen,
-    fingerprints,
     is_run,
     read_run_card,
     run_card_folder,
     write_run_card,
 )
 from vllama2_jax.checkpoints.store import TOKENIZER, copy_files
-from vllama2_jax.train.config import TrainConfig, differences, to_json
-from vllama2_jax.train.feeding import Feeding
+from vllama2_jax.data.assemble import Fault
+from vllama2_jax.train.config import StartConfig, TrainConfig, differences, to_json
 
 CONFIG, INDEX, FAULTS, PROFILE = "train_config.json", "index", "faults.jsonl", "profile"
+LOCK = "lock"
+# What a start leaves that ends before its run begins, say at a wrong path; it may be used again.
+_BEFORE = {LOCK, CONFIG, f"{CONFIG}.unfinished", INDEX, CARD, f"{RUN}.unfinished"}
 
 
 def claim(out: epath.Path, config: TrainConfig) -> None:
@@ -42,10 +50,10 @@ def claim(out: epath.Path, config: TrainConfig) -> None:
         every difference.
     """
     path, new = out / CONFIG, to_json(config)
-    if path.is_file():
+    if is_run(out):
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); restore it") from None
         found = differences(old, new)
         if found:
@@ -53,7 +61,7 @@ def claim(out: epath.Path, config: TrainConfig) -> None:
                 f"{out}: holds a run of another configuration: {'; '.join(found)}; choose another "
                 "--out, or start it as it was"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= _BEFORE):
         raise CheckpointError(f"{out}: exists and is not a run; choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{CONFIG}.unfinished")
@@ -61,26 +69,57 @@ def claim(out: epath.Path, config: TrainConfig) -> None:
     unfinished.replace(path)
 
 
+@contextlib.contextmanager
+def locked(out: epath.Path):
+    """Keep other processes from training into the same folder, as far as it is local.
+
+    Raises:
+      CheckpointError: if one does already.
+    """
+    if "://" in str(out):
+        yield
+        return
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: exists and is not a folder; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"{out}: another process trains this run; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
 def introduce(
     out: epath.Path,
     config: TrainConfig,
     card: ModelCard,
     files: Sequence[Path],
-    frozen: dict,
-    feeding: Feeding,
+    frozen: dict[str, str],
+    data: dict[str, str],
 ) -> None:
     """Write what the run begins with, or hold it against what it began with.
+
+    Args:
+      out: the run's folder.
+      config: of the run.
+      card: of the model that is trained.
+      files: of its tokenizer.
+      frozen: fingerprints of parameters, `start.Prepared.reference`.
+      data: fingerprints of records, `feeding.Feeding.fingerprints`.
 
     Raises:
       CheckpointError: if frozen parameters or records have changed.
     """
     introduced = RunCard(
-        start=dataclasses.asdict(config.start),
+        start=dataclasses.asdict(_anywhere(config.start)),
         rules=[dataclasses.asdict(rule) for rule in config.rules],
         seed=config.seed,
         dtype=config.dtype,
-        frozen=fingerprints(frozen),
-        data=feeding.fingerprints,
+        frozen=frozen,
+        data=data,
     )
     if is_run(out):
         before = read_run_card(out)
@@ -100,9 +139,27 @@ def introduce(
     write_run_card(out, introduced)
 
 
-def write_faults(out: epath.Path, feeding: Feeding) -> None:
-    """Write `faults.jsonl`: the records that this process could not read."""
-    faults = sorted(feeding.feed.faults.values())
-    lines = [json.dumps(fault._asdict(), ensure_ascii=False) + "\n" for fault in faults]
+def _anywhere(start: StartConfig) -> StartConfig:
+    """With whole names of folders, so that the run can be asked from elsewhere."""
+    whole = {
+        field: os.path.abspath(name)
+        for field, name in dataclasses.asdict(start).items()
+        if field in ("model", "vision", "decoder") and os.path.isdir(name)
+    }
+    return dataclasses.replace(start, **whole)
+
+
+def write_faults(folder: Path, faults: Iterable[Fault]) -> None:
+    """Add records that could not be read to `faults.jsonl`, each once; none make no file.
+
+    Args:
+      folder: local, of the run.
+      faults: of this process; those that are in the file stay.
+    """
+    path = folder / FAULTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines += [json.dumps(fault._asdict(), ensure_ascii=False) for fault in sorted(faults)]
     if lines:
-        (out / FAULTS).write_text("".join(lines), encoding="utf-8")
+        unfinished = path.with_name(f"{FAULTS}.unfinished")
+        unfinished.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+        unfinished.replace(path)

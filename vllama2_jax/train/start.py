@@ -131,18 +131,24 @@ class Prepared(NamedTuple):
       trainable: {path: array} of what trains.
       frozen: {path: array} of what does not.
       assigned: {path: rule} of both.
+      reference: {path: fingerprint} of what is frozen and came from elsewhere. It is taken before
+        anything is quantised, since float sums, as of scales, differ between platforms.
     """
 
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     assigned: dict[str, Rule]
+    reference: dict[str, str]
 
 
-def prepare(params: dict, rules: tuple[Rule, ...], dtype, seed: int) -> Prepared:
+def prepare(
+    params: dict, start: StartConfig, rules: tuple[Rule, ...], dtype, seed: int
+) -> Prepared:
     """Put adapters where rules want them, and part what trains from what does not.
 
     Args:
-      params: of `begin`.
+      params: of `begin`; emptied.
+      start: as `begin` had it.
       rules: what trains.
       dtype: of what is frozen, before it is quantised.
       seed: of new adapters.
@@ -150,14 +156,16 @@ def prepare(params: dict, rules: tuple[Rule, ...], dtype, seed: int) -> Prepared
     Raises:
       ValueError: as `assign_rules` and `adapt` do.
     """
+    assigned, flat = assign_rules(rules, params), flatten(params)
+    params.clear()
+    kept = {path for path, rule in assigned.items() if rule.action != "train"}
+    for path in kept:
+        flat[path] = flat[path].astype(dtype)
+    made = tuple(f"{part}/" for part in PARTS if getattr(start, part) == RANDOM)
+    reference = fingerprints({p: flat[p] for p in sorted(kept) if not p.startswith(made)})
+    params = adapt(unflatten(flat), rules, jax.random.key(seed))
     assigned = assign_rules(rules, params)
-    narrow = {
-        path: leaf if assigned[path].action == "train" else leaf.astype(dtype)
-        for path, leaf in flatten(params).items()
-    }
-    params = adapt(unflatten(narrow), rules, jax.random.key(seed))
-    assigned = assign_rules(rules, params)
-    return Prepared(*partition(params, assigned), assigned)
+    return Prepared(*partition(params, assigned), assigned, reference)
 
 
 def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]:
@@ -175,15 +183,18 @@ def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]
     except ValueError as error:
         raise CheckpointError(f"{folder}: its run.json cannot be understood ({error})") from None
     params, _, _ = begin(start, None, run.seed, progress)
-    trainable, frozen, _ = prepare(params, rules, float_dtype(run.dtype), run.seed)
-    del params
-    check_frozen(folder, run.frozen, fingerprints(frozen))
-    shapes = {path: jax.ShapeDtypeStruct(x.shape, "float32") for path, x in trainable.items()}
+    prepared = prepare(params, start, rules, float_dtype(run.dtype), run.seed)
+    check_frozen(folder, run.frozen, prepared.reference)
+    frozen = prepared.frozen
+    shapes = {
+        path: jax.ShapeDtypeStruct(x.shape, "float32") for path, x in prepared.trainable.items()
+    }
+    del params, prepared  # what was trained takes the place of what it began with
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest is None:
             raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
         trained = checkpoints.restore_trainable(checkpoints.latest, shapes)
-    params = merge(combine(trained, frozen))
+    params = merge(combine(trained, frozen), dtype or float_dtype(run.dtype))
     params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
     card_folder = run_card_folder(folder)
     return params, read_card(card_folder), local(card_folder / TOKENIZER)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.store import flatten
+from vllama2_jax.data.assemble import Fault
 from vllama2_jax.data.records import Record
 from vllama2_jax.infer.model import Model
 from vllama2_jax.models.vllama2 import VLlama2
@@ -33,7 +34,7 @@ class Validation:
         tokenizer: Tokenizer,
         index_folder: str | os.PathLike,
     ):
-        """Open the records and plan their batches, which are those of training, unshuffled.
+        """Open the records and plan their batches, of the shapes that a micro-batch has.
 
         Args:
           config: of the run; its `validation` names at least one source.
@@ -47,7 +48,7 @@ class Validation:
             config.data,
             card,
             tokenizer,
-            rows=config.rows,
+            rows=config.rows // config.micro_batches,  # what fits at once
             seed=0,
             index_folder=index_folder,
             held_out=config.validation,
@@ -63,6 +64,11 @@ class Validation:
         )
         self._model: Model | None = None
 
+    @property
+    def faults(self) -> list[Fault]:
+        """Held-out records that could not be read."""
+        return list(self._feeding.feed.faults.values())
+
     def _evaluate(self, loss, trainable: dict, frozen: dict, batch) -> LossSums:
         narrow = {path: leaf.astype(self._dtype) for path, leaf in trainable.items()}
         return loss(combine(narrow, frozen), batch)
@@ -75,6 +81,7 @@ class Validation:
 
         Raises:
           TooManyFaults: if more of the records cannot be read than the run allows.
+          ValueError: if nothing of them can be learnt from, so that there is no loss.
         """
         totals: dict[str, float] = collections.defaultdict(float)
         steps = len(self._feeding.schedule)
@@ -86,7 +93,10 @@ class Validation:
                     totals[name] += float(value)
                 progress(number, steps)
         means = dataset_losses(totals)
-        found = {"validation/loss": means["total"] / max(means["weight"], 1.0)}
+        if not means["weight"]:
+            reasons = "; ".join(fault.reason for fault in self.faults[:3])
+            raise ValueError(f"no held-out record has anything to predict ({reasons})")
+        found = {"validation/loss": means["total"] / means["weight"]}
         found |= {f"validation/{n}": v for n, v in means.items() if n.startswith("loss/")}
         if self._config.validation.accuracy:
             found |= self._accuracy(combine(trainable, frozen))
@@ -94,8 +104,10 @@ class Validation:
 
     def _accuracy(self, params) -> dict[str, float]:
         """Share of first questions that are answered exactly as the record does, per kind."""
-        params = jax.tree.map(lambda leaf: leaf.astype(self._dtype), merge(params))
-        params = unstack(flatten(params), split_experts=False)
+        params = merge(params, self._dtype)
+        flat = flatten(jax.tree.map(lambda leaf: leaf.astype(self._dtype), params))
+        del params
+        params = unstack(flat, split_experts=False)
         if self._model is None:
             self._model = Model(params, self._card, self._tokenizer, self._dtype)
         self._model.generator.params = params  # the programs are compiled once
@@ -124,7 +136,7 @@ class Validation:
                         media = clip.frames[0] if clip.is_image else clip.frames[clip.frame_index]
                         question = question.replace(f"<{record.media.kind}>", "", 1)
                 except ValueError:
-                    continue  # the loss has met it, too, and counted it
+                    continue  # it is among the faults, since the loss was there first
                 records.append(record)
                 pairs.append((media, question.strip()))
         return records, pairs
