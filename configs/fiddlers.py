@@ -2,7 +2,7 @@
 
 import fiddle as fdl
 
-from vllama2_jax.train.config import TrainConfig
+from vllama2_jax.train.config import SourceConfig, TrainConfig
 from vllama2_jax.train.trainable import Rule
 
 # All linear layers of the language model but lm_head, as the original's `find_all_linear_names`.
@@ -12,6 +12,8 @@ LINEAR_LAYERS = r"decoder/layers/(attention/\w+|mlp/\w+|moe/router)/kernel|decod
 def data_root(config: fdl.Config[TrainConfig], root: str) -> None:
     """Read the recipe's files under another folder than `data`, local or gs://."""
     for source in config.data.sources:
+        if fdl.get_callable(source) is not SourceConfig:
+            raise ValueError(f"{source.name} is made in memory, not read from a folder")
         source.file = f"{root}/{source.file.split('/', 1)[1]}"
         source.media_root = root
 

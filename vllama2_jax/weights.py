@@ -65,6 +65,10 @@ def find(source: str | Path) -> Path:
         # A Base repository shares its shapes with the fine-tuned one, not its weights.
         suffix = _BASE if name.endswith(_BASE) else ""
         return resolve(f"{_HUB_OWNER}/VideoLLaMA{published}{suffix}")
+    if name.startswith("runs/") and not Path(name).is_dir():
+        raise CheckpointError(
+            f"{name}: no such directory; take the step first that makes it, or name another model"
+        )
     return resolve(source)
 
 

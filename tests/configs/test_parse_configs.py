@@ -68,6 +68,7 @@ def test_directives_apply_in_their_order():
         (["config:video_sft", "fiddler:quick_stat"], "did you mean 'quick_start'?"),
         (["config:video_sft", "fiddler:base"], "unknown fiddler"),
         (["config:video_sft", "fiddler:data_root"], "missing 1 required positional argument"),
+        (["config:tiny_video_sft", "fiddler:data_root('d')"], "clips is made in memory"),
         (["config:video_sft", "set:rows"], "needs a value"),
         (["config:video_sft", "set:rows=abc"], "a string needs quotes, rows='abc'"),
         (["config:video_sft", "set:optimizer.learning_rat=1"], "did you mean 'learning_rate'?"),

@@ -47,6 +47,9 @@ def _train(options) -> int:
         return 0
     if not options.out:
         raise ValueError("--out is missing: the folder that the run is kept in")
+    if not options.data:
+        names = ", ".join(source.name for source in config.data.sources)
+        print(f"no --data: {config.name} reads its own ({names})", file=sys.stderr)
     from vllama2_jax.train.run import run
     from vllama2_jax.train.run_folder import FAULTS
 

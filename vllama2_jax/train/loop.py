@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vllama2_jax.train.step import TrainState
 
@@ -67,12 +68,17 @@ def run_steps(
     source = prefetch(iter(batches))
     clock = time.perf_counter()
 
-    def read(number: int, metrics: dict) -> dict:
-        """The numbers of a step, once it is done."""
+    def read(number: int, metrics: dict, dispatch: float, next_dispatch: float = 0.0) -> dict:
+        """The numbers of a step, once it is done.
+
+        A program is compiled while a step is dispatched, which for the next step is before this one
+        is read: that time is the next step's.
+        """
         nonlocal clock
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         before, clock = clock, time.perf_counter()
-        record = {"step": number, **metrics, "seconds": clock - before}
+        seconds = clock - before + dispatch - next_dispatch
+        record = {"step": number, **metrics, "seconds": seconds}
         if not all(math.isfinite(metrics[name]) for name in _MUST_BE_FINITE):
             if log:
                 log(record)
@@ -87,11 +93,15 @@ def run_steps(
     with (
         contextlib.closing(source),
         Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f} {task.fields[words]}"),
-            TimeRemainingColumn(),
+            # In a narrow terminal the bar gives way, then the words, never the count.
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn(
+                "loss {task.fields[loss]:.3f} {task.fields[words]}",
+                table_column=Column(no_wrap=True),
+            ),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             console=console,
             disable=not console.is_terminal,
         ) as bar,
@@ -102,10 +112,14 @@ def run_steps(
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"{label}: the batches ran out before step {number} of {last}")
+            began = time.perf_counter()
             state, metrics = step(state, frozen, batch)
+            dispatch = time.perf_counter() - began
             if unread:
-                show(read(*unread))
-            unread = (number, metrics)
+                show(read(*unread, dispatch))
+            else:
+                dispatch = 0.0  # the clock has not been read since
+            unread = (number, metrics, dispatch)
             stopping = stop()
             if stopping or number == last or due(number):
                 record, unread = read(*unread), None
