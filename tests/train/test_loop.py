@@ -4,8 +4,10 @@ import threading
 import time
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from vllama2_jax.train import loop
 from vllama2_jax.train.loop import prefetch, run_steps
 from vllama2_jax.train.step import TrainState
 
@@ -63,7 +65,26 @@ def test_run_stops_at_a_loss_that_is_not_finite(bad):
     history = []
     with pytest.raises(FloatingPointError, match="at step 2"):
         run([jnp.float32(1), jnp.float32(bad), jnp.float32(1)], 3, history.append)
-    assert [record["step"] for record in history] == [1]
+    # The bad step is told, too: the curves mark it.
+    assert [record["step"] for record in history] == [1, 2]
+    assert not np.isfinite(history[1]["loss"])
+
+
+def test_a_step_that_compiles_is_charged_for_it_itself(monkeypatch):
+    """The numbers of a step are read behind the dispatch of the next."""
+    now = 0.0
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
+
+    def compiling(state, frozen, batch):
+        nonlocal now
+        now += batch
+        return step(state, frozen, jnp.float32(1))
+
+    history = []
+    state = TrainState(jnp.int32(0), {}, ())
+    frozen, seconds = {"norm": jnp.float32(1)}, [5.0, 1.0, 7.0, 2.0]
+    run_steps(compiling, state, frozen, seconds, label="test", num_steps=4, log=history.append)
+    assert [record["seconds"] for record in history] == seconds
 
 
 def test_error_of_a_bad_batch_names_step_and_records():
