@@ -43,8 +43,8 @@ def lesson(lesson, params, card, tokenizer, folder):
 def recipe(config, params, card, tokenizer, folder):
     """(step, state, frozen, batches) of a recipe."""
     dtype = float_dtype(config.dtype)
-    trainable, frozen, assigned = prepare(params, config.rules, dtype, config.seed)
-    optimizer = make_optimizer(config.optimizer, 1000, assigned)
+    prepared = prepare(dict(params), config.start, config.rules, dtype, config.seed)
+    optimizer = make_optimizer(config.optimizer, 1000, prepared.assigned)
     feeding = make_feeding(
         config.data,
         card,
@@ -55,7 +55,8 @@ def recipe(config, params, card, tokenizer, folder):
         steps=_BATCHES,
     )
     step = make_run_step(config, card, feeding, optimizer)
-    return step, init_state(trainable, optimizer), frozen, feeding.batches(0)
+    state = init_state(prepared.trainable, optimizer)
+    return step, state, prepared.frozen, feeding.batches(0)
 
 
 def seconds_per_step(step, state, frozen, batches, repeats):

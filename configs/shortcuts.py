@@ -106,6 +106,11 @@ def _apply(config: fdl.Config[TrainConfig], shortcuts: Shortcuts) -> None:
     if shortcuts.seed is not None:
         config.seed = shortcuts.seed
     if shortcuts.lora is not None:
+        if any(getattr(rule, "action", None) == "lora" for rule in config.rules):
+            raise ValueError(
+                "--lora and a fiddler both set adapters; give the rank to the fiddler, as in "
+                f"fiddler:qlora({shortcuts.lora})"
+            )
         lora(config, shortcuts.lora)
 
 

@@ -11,7 +11,14 @@ import numpy as np
 from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
 from vllama2_jax.checkpoints.card import read_card
 from vllama2_jax.checkpoints.run import is_run, run_card_folder
-from vllama2_jax.checkpoints.store import TOKENIZER, copy_files, flatten, place, unflatten
+from vllama2_jax.checkpoints.store import (
+    TOKENIZER,
+    copy_files,
+    flatten,
+    is_remote,
+    place,
+    unflatten,
+)
 from vllama2_jax.convert.huggingface import (
     is_huggingface,
     load_huggingface,
@@ -53,7 +60,13 @@ def find(source: str | Path) -> Path:
     name = str(source)
     if name == "tiny":
         return TINY
-    if "://" in name:
+    if is_remote(name):
+        try:
+            place(name).exists()
+        except ImportError as error:
+            raise CheckpointError(
+                f"{name}: the bucket's client is missing ({error}); `pip install gcsfs`"
+            ) from None
         return place(name)
     if "/" not in name and not Path(source).exists():
         try:
@@ -149,7 +162,7 @@ def text_rules(source: str | Path) -> tuple[Tokenizer, str | ChatTemplate]:
 
 def local(folder: Path) -> Path:
     """A small folder, or a copy of it that lasts as long as this process if it is of a bucket."""
-    if "://" not in str(folder):
+    if not is_remote(folder):
         return Path(folder)
     copied = tempfile.TemporaryDirectory(prefix="vllama2-")
     atexit.register(copied.cleanup)

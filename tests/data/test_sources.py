@@ -94,7 +94,7 @@ def test_a_file_that_changes_meanwhile_is_an_error_of_the_source(tmp_path):
         ("a.jsonl", "\n", "holds no records"),
         ("a.txt", "x", r"not a \.json list"),
         ("nowhere/b.json", None, r"nowhere/b\.json: cannot be read"),
-        ("nowhere", None, "not a finished pack"),
+        ("nowhere", None, "no .json list, .jsonl file or finished pack; of a folder of media"),
     ],
 )
 def test_a_file_without_records_is_one_line(tmp_path, name, text, message):

@@ -6,15 +6,18 @@ Arrays go through TensorStore's own client, which needs a real bucket: they are 
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import fsspec  # noqa: F401  its registry is patched
 import pytest
 from etils import epath
+from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vllama2_jax.checkpoints import CheckpointError
 from vllama2_jax.checkpoints.run import is_run, read_run_card, run_card_folder
 from vllama2_jax.checkpoints.store import place
+from vllama2_jax.cli import main
 from vllama2_jax.train.journal import Journal
 from vllama2_jax.train.metrics import MetricsLog, read_metrics
 from vllama2_jax.train.run_folder import CONFIG, claim, introduce
@@ -38,7 +41,10 @@ def bucket(monkeypatch):
     for name in ("gs", "gcs"):
         monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, name, Bucket)
     Bucket.store.clear()
-    return epath.Path("gs://bucket/run")
+    forget = fsspec_backend._get_filesystem.cache_clear
+    forget()
+    yield epath.Path("gs://bucket/run")
+    forget()
 
 
 def test_a_run_introduces_itself_in_a_bucket(bucket, small_run):
@@ -56,6 +62,20 @@ def test_a_run_introduces_itself_in_a_bucket(bucket, small_run):
     assert found == card
     assert [path.name for path in sorted(folder.iterdir())] == [path.name for path in files]
     assert run_card_folder(bucket).is_dir() and TINY.is_dir()
+
+
+@pytest.mark.parametrize("command", ["train", "convert"])
+def test_the_command_line_keeps_a_buckets_name(command, monkeypatch, bucket):
+    given = []
+    monkeypatch.setattr("vllama2_jax.train.run.run", lambda config, out, window: given.append(out))
+    monkeypatch.setattr(
+        "vllama2_jax.checkpoints.save_model", lambda folder, *rest: given.append(str(folder))
+    )
+    options = {"train": ["--out", "gs://b/run"], "convert": ["tiny", "gs://b/run"]}
+    main([command, *options[command]])
+    assert given == ["gs://b/run"]
+    with pytest.raises(ValueError, match="begins with two slashes"):
+        place(Path("gs://b/run"))
 
 
 def test_metrics_are_published_and_fetched_again(bucket):

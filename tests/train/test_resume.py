@@ -44,6 +44,7 @@ def command(small_model, clips, tmp_path_factory):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     return start
@@ -68,7 +69,7 @@ def lines(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def stop_behind(process, out, step, number, watch=lambda: None):
+def stop_behind(process, out, step, number, watch=lambda: None, send=os.kill):
     """Send a signal once so many steps are logged; `watch` is called until then."""
     deadline = time.monotonic() + 240
     while lines(out) < step:
@@ -76,7 +77,7 @@ def stop_behind(process, out, step, number, watch=lambda: None):
         assert time.monotonic() < deadline
         watch()
         time.sleep(0.002)
-    process.send_signal(number)
+    send(process.pid, number)
     _, said = process.communicate(timeout=120)
     return said
 
@@ -109,6 +110,17 @@ def test_no_process_outlives_a_killed_run(command, tmp_path):
     )
     _, alive = psutil.wait_procs(left, timeout=30)
     assert len(left) >= 2 and not alive
+
+
+def test_an_interrupt_at_the_terminal_saves_and_ends_quietly(command, tmp_path):
+    """It reaches every process of the group, workers and decoders as well."""
+    out = tmp_path / "run"
+    process = command(out, "--workers", "2")
+    said = stop_behind(process, out, 3, signal.SIGINT, send=os.killpg)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in said and "Traceback" not in said
+    with RunCheckpoints(out, read_only=True) as checkpoints:
+        assert checkpoints.latest == lines(out)
 
 
 def test_sigterm_saves_where_it_is_and_says_so(command, uninterrupted, tmp_path):

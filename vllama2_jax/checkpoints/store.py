@@ -8,6 +8,7 @@ DIR/params/           the arrays, an Orbax checkpoint
 import contextlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,14 @@ PARAMS, TOKENIZER = "params", "tokenizer"
 def place(folder: str | os.PathLike) -> epath.Path:
     """A folder by its whole name: local, or of a bucket (`gs://`)."""
     name = os.fspath(folder)
-    return epath.Path(name if "://" in name else os.path.abspath(name))
+    if re.match(r"\w{2,}:/[^/]", name):  # what pathlib makes of a bucket's name
+        raise ValueError(f"{name}: a bucket's name begins with two slashes, as in gs://NAME")
+    return epath.Path(name if is_remote(name) else os.path.abspath(name))
+
+
+def is_remote(folder: str | os.PathLike) -> bool:
+    """Whether a folder's name is one of a bucket."""
+    return "://" in os.fspath(folder)
 
 
 def is_saved_model(folder: Path) -> bool:

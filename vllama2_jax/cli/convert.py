@@ -1,7 +1,5 @@
 """`vllama2 convert`."""
 
-from pathlib import Path
-
 
 def add_convert(command) -> None:
     """Add `convert`; `command` is of `cli.main`."""
@@ -19,12 +17,15 @@ def add_convert(command) -> None:
 
 def _convert(options) -> None:
     from vllama2_jax.checkpoints import CheckpointError, save_model
+    from vllama2_jax.checkpoints.store import is_remote, place
     from vllama2_jax.convert.export import export_huggingface
     from vllama2_jax.progress import bar
     from vllama2_jax.text import tokenizer_files
     from vllama2_jax.weights import find, float_dtype, read
 
-    target, dtype = Path(options.dst), float_dtype(options.dtype)
+    target, dtype = place(options.dst), float_dtype(options.dtype)
+    if options.to == "hf" and is_remote(target):
+        raise CheckpointError(f"{target}: this layout is written locally; copy it afterwards")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists and is not empty; choose another directory")
     with bar("reading", unit="tensors") as progress:

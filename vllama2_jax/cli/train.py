@@ -8,25 +8,36 @@ from pathlib import Path
 def add_train(command) -> None:
     """Add `train`; `command` is of `cli.main`."""
     train = command("train", _train, "train a model on records, or go on with a run")
-    train.add_argument("--out", metavar="RUN", help="the run's folder; an old one is continued")
-    train.add_argument("--model", help="what to begin with: tiny, a directory, a published name")
+    train.epilog = "docs/train_your_own.md shows the whole way."
+    train.add_argument("--out", metavar="RUN", help="its folder; an existing run is continued")
+    train.add_argument(
+        "--model", help="what to begin with: tiny, a directory, a run, a published name (tiny)"
+    )
     train.add_argument("--data", metavar="FILE", help="records: a .json list, .jsonl, or a pack")
-    train.add_argument("--media-root", metavar="DIR", help="what their paths are relative to")
+    train.add_argument(
+        "--media-root", metavar="DIR", help="what their paths are relative to (the folder of FILE)"
+    )
     train.add_argument("--validation", metavar="FILE", help="held-out records")
     length = train.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="how many to take")
     length.add_argument("--epochs", type=int, metavar="N", help="how often to read the data")
     train.add_argument("--batch", type=int, metavar="N", help="rows of a step")
     train.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
-    train.add_argument("--lora", type=int, metavar="RANK", help="train adapters, not the decoder")
+    train.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters on the decoder, and the whole connector",
+    )
     train.add_argument("--workers", type=int, metavar="N", help="processes that decode; 0 is none")
-    train.add_argument("--seed", type=int)
+    train.add_argument("--seed", type=int, help="of new parameters and of every order")
     train.add_argument(
         "--config",
         action="append",
         default=[],
         metavar="WHAT",
-        help="config:RECIPE, then fiddler:NAME and set:FIELD=VALUE, as often as you like",
+        help="config:RECIPE (video_pretrain, video_sft, tiny_video_sft, ...), then fiddler:NAME "
+        "and set:FIELD=VALUE, as often as you like; what is not named above is the recipe's",
     )
     train.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps for XProf")
     train.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -40,6 +51,7 @@ def _train(options) -> int:
     names = (field for field in Shortcuts.__dataclass_fields__)
     shortcuts = Shortcuts(**{name: getattr(options, name) for name in names})
     config = build(resolve(options.config, shortcuts))
+    window = _window(options.profile)
     if options.dry_run:
         from vllama2_jax.train.dry_run import dry_run
 
@@ -53,11 +65,11 @@ def _train(options) -> int:
     from vllama2_jax.train.run import run
     from vllama2_jax.train.run_folder import FAULTS
 
-    done = run(config, Path(options.out), _window(options.profile))
+    done = run(config, options.out, window)
     if done.faults:
         print(
             f"{done.faults} records could not be read and were left out; "
-            f"{Path(options.out) / FAULTS} says why",
+            f"{options.out.rstrip('/')}/{FAULTS} says why",
             file=sys.stderr,
         )
     if done.stopped_by is not None:
@@ -76,9 +88,12 @@ def _window(text: str | None) -> tuple[int, int]:
         return 0, 0
     first, _, last = text.partition(":")
     try:
-        return int(first), int(last or first)
+        window = int(first), int(last or first)
     except ValueError:
-        raise ValueError(f"--profile {text}: must be FIRST:LAST, two step numbers") from None
+        window = 0, 0
+    if not 1 <= window[0] <= window[1]:
+        raise ValueError(f"--profile {text}: must be FIRST:LAST, step numbers counted from 1")
+    return window
 
 
 def _take_huge_pages() -> None:

@@ -4,10 +4,6 @@ Grain's workers run this, so it imports no JAX.
 """
 
 import dataclasses
-import functools
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,17 +60,6 @@ class HostBatch(NamedTuple):
     records: tuple[tuple[str, ...], ...]
     datasets: tuple[tuple[str, ...], ...]
     faults: tuple[Fault, ...]
-
-
-@functools.cache
-def leave_with_parent() -> None:
-    """See to it, once, that a worker ends with the process that started it.
-
-    Grain's workers wait for a parent that was killed for good, with their decoders and memory.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +151,6 @@ class Assembler:
         Raises:
           ValueError: if records do not fit their row, since the length index is stale.
         """
-        leave_with_parent()
         share = len(step.rows) // self.hosts
         own = step.rows[self.host * share : (self.host + 1) * share]
         faults: list[Fault] = []

@@ -45,9 +45,8 @@ def plan_window(
     """Plan the steps over one window of the stream.
 
     With packing, records are put best-fit, longest first, into rows of `max_length`, which are then
-    dealt to steps at random. Without, each record is a row,
-    and rows of one bucket share a step, as far as they fill it.
-    The steps of a window come in random order.
+    dealt to steps at random. Without, each record is a row, and rows of one bucket share a step, as
+    far as they fill it. The steps of a window come in random order.
 
     Args:
       lengths: int [n], slots that each record needs, media included; what is longer than

@@ -1,7 +1,11 @@
 """Steps of a schedule -> batches of one host, read and decoded by Grain's workers."""
 
 import contextlib
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -38,7 +42,20 @@ def read_ahead(dataset: grain.MapDataset, workers: int, buffer: int, element_byt
     # While a worker hands one element over, a thread of it makes the next.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     processes = grain.MultiprocessingOptions(workers, buffer)
-    return iter(dataset.to_iter_dataset(options).mp_prefetch(processes))
+    ahead = dataset.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_begin_worker)
+    return iter(ahead)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Make a worker end with its parent, and not before.
+
+    An interrupt at a terminal reaches every process, and is the parent's to handle. Killed, the
+    parent handles nothing: its workers would wait for good, with their decoders and their memory.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _check_shared_memory(workers: int, buffer: int, element_bytes: int):
@@ -145,5 +162,6 @@ class Feed:
             more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
             raise TooManyFaults(
                 f"{len(named)} records cannot be read, {self._max_faults} are allowed: "
-                f"{'; '.join(named[:_NAMED])}{more}; mend or leave them out, or raise max_faults"
+                f"{'; '.join(named[:_NAMED])}{more}; mend or leave them out, check the media "
+                "root, or raise max_faults"
             )

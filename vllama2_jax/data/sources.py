@@ -135,6 +135,11 @@ class PackedSource(Source):
             self._media = self._open(manifest["media"])
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
+            if not is_remote(path) and not os.path.exists(f"{path}/{MANIFEST}"):
+                raise ValueError(
+                    f"{path}: no .json list, .jsonl file or finished pack; of a folder of media, "
+                    "give the list of records that names them, and the folder as media root"
+                ) from None
             raise ValueError(f"{path}: not a finished pack ({reason}); pack it again") from None
         if self._records is None:
             raise ValueError(f"{path}: holds no records")

@@ -144,7 +144,7 @@ class DataConfig:
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources: names must differ, found {', '.join(names)}")
         for source in self.sources:
-            whole = source.share is None or source.share == int(source.share)
+            whole = source.share is None or float(source.share).is_integer()
             if (self.mix == "joint" and source.share is not None) or (
                 self.mix == "counts" and not (whole and (source.share is None or source.share > 0))
             ):
@@ -247,6 +247,8 @@ class TrainConfig:
                 "choose a number that divides them"
             )
         _check_known("average", self.average, AVERAGES)
+        _check_known("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_least(0, "", self, "seed")
         _check_known("remat", self.remat, tuple(REMAT_POLICIES))
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs}: give one of them")

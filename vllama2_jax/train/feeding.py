@@ -50,10 +50,6 @@ class Feeding(NamedTuple):
         for host in self.feed.batches(start):
             yield jax.device_put(Batch(**host.arrays))
 
-    def num_records(self, step: int) -> int:
-        """Records of a step, on all hosts."""
-        return sum(len(row) for row in self.schedule[step].rows)
-
     def record_ids(self, step: int) -> list[str]:
         """Ids of a step's records, read again."""
         batch = self.feed.assembler(self.schedule[step])
@@ -145,7 +141,9 @@ def make_feeding(
         max_clips=max_clips,
         dataset_codes=codes,
     )
-    few = max(sum(map(len, indices)) // 4, 1)  # a wrong media root must not pass for bad luck
+    # A wrong media root must not pass for bad luck.
+    total = sum(map(len, indices))
+    few = max(total // 4, min(1, total - 1))
     feed = Feed(schedule, assembler, workers=data.workers, max_faults=min(data.max_faults, few))
     fingerprints = {
         source.name: records.fingerprint for source, records in zip(sources, opened, strict=True)

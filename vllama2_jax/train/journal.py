@@ -6,7 +6,10 @@ from pathlib import Path
 
 from etils import epath
 
+from vllama2_jax.checkpoints.store import is_remote
 from vllama2_jax.train.metrics import FILE_NAME
+
+FAULTS = "faults.jsonl"
 
 
 class Journal:
@@ -21,10 +24,11 @@ class Journal:
 
     def __init__(self, out: epath.Path):
         """Fetch what the run has written so far, if it lies in a bucket."""
-        self._out, self._remote = out, "://" in str(out)
+        self._out, self._remote = out, is_remote(out)
         self.folder = Path(tempfile.mkdtemp(prefix="vllama2-")) if self._remote else Path(out)
-        if self._remote and (out / FILE_NAME).exists():
-            (self.folder / FILE_NAME).write_bytes((out / FILE_NAME).read_bytes())
+        for name in (FILE_NAME, FAULTS) if self._remote else ():
+            if (out / name).exists():
+                (self.folder / name).write_bytes((out / name).read_bytes())
 
     def publish(self) -> None:
         """Copy everything to the bucket; local folders are where they should be."""

@@ -37,6 +37,9 @@ class OptimizerConfig:
         """Refuse what cannot be meant."""
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio {self.warmup_ratio} must be at least 0 and below 1")
+        for name, value in (("learning_rate", self.learning_rate), ("clip_norm", self.clip_norm)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value} must be above 0")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

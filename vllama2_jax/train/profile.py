@@ -1,4 +1,4 @@
-"""A trace of some steps for XProf (`tensorboard --logdir RUN/profile`)."""
+"""A trace of some steps for XProf (`xprof RUN/profile`)."""
 
 import dataclasses
 from pathlib import Path

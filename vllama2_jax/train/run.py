@@ -115,7 +115,11 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             )
             trainable = prepared.trainable
             del params, prepared
-            state = _first_state(checkpoints, trainable, optimizer)
+            # Orbax gives arrays that are bound to a device; were some others not, the step would be
+            # compiled once for them and once more for its own results.
+            state = jax.device_put(
+                _first_state(checkpoints, trainable, optimizer), jax.local_devices()[0]
+            )
             del trainable
             if state.step:
                 console.print(f"going on behind step {state.step} of {len(feeding.schedule)}")

@@ -32,11 +32,12 @@ from vllama2_jax.checkpoints.run import (
     run_card_folder,
     write_run_card,
 )
-from vllama2_jax.checkpoints.store import TOKENIZER, copy_files
+from vllama2_jax.checkpoints.store import TOKENIZER, copy_files, is_remote
 from vllama2_jax.data.assemble import Fault
 from vllama2_jax.train.config import StartConfig, TrainConfig, differences, to_json
+from vllama2_jax.train.journal import FAULTS
 
-CONFIG, INDEX, FAULTS, PROFILE = "train_config.json", "index", "faults.jsonl", "profile"
+CONFIG, INDEX, PROFILE = "train_config.json", "index", "profile"
 LOCK = "lock"
 # What a start leaves that ends before its run begins, say at a wrong path; it may be used again.
 _BEFORE = {LOCK, CONFIG, f"{CONFIG}.unfinished", INDEX, CARD, f"{RUN}.unfinished"}
@@ -61,8 +62,6 @@ def claim(out: epath.Path, config: TrainConfig) -> None:
                 f"{out}: holds a run of another configuration: {'; '.join(found)}; choose another "
                 "--out, or start it as it was"
             )
-    elif out.exists() and not (out.is_dir() and {p.name for p in out.iterdir()} <= _BEFORE):
-        raise CheckpointError(f"{out}: exists and is not a run; choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{CONFIG}.unfinished")
     unfinished.write_text(json.dumps(new, indent=1) + "\n", encoding="utf-8")
@@ -76,20 +75,29 @@ def locked(out: epath.Path):
     Raises:
       CheckpointError: if one does already.
     """
-    if "://" in str(out):
+    _refuse_strange(out)
+    if is_remote(out):
         yield
         return
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: exists and is not a folder; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
+    with (out / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise CheckpointError(
                 f"{out}: another process trains this run; wait for it, or choose another --out"
             ) from None
+        except OSError:
+            pass  # a file system without locks, as some networks have: nothing can be held
         yield
+
+
+def _refuse_strange(out: epath.Path) -> None:
+    """Nothing is written into a folder that holds something else."""
+    if is_run(out) or not out.exists():
+        return
+    if not out.is_dir() or not {path.name for path in out.iterdir()} <= _BEFORE:
+        raise CheckpointError(f"{out}: exists and is not a run; choose another --out or remove it")
 
 
 def introduce(

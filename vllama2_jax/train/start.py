@@ -182,6 +182,9 @@ def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]
         rules = tuple(config_from_dict(Rule, rule) for rule in run.rules)
     except ValueError as error:
         raise CheckpointError(f"{folder}: its run.json cannot be understood ({error})") from None
+    with RunCheckpoints(folder, read_only=True) as checkpoints:
+        if checkpoints.latest is None:
+            raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
     params, _, _ = begin(start, None, run.seed, progress)
     prepared = prepare(params, start, rules, float_dtype(run.dtype), run.seed)
     check_frozen(folder, run.frozen, prepared.reference)
@@ -191,8 +194,6 @@ def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]
     }
     del params, prepared  # what was trained takes the place of what it began with
     with RunCheckpoints(folder, read_only=True) as checkpoints:
-        if checkpoints.latest is None:
-            raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
         trained = checkpoints.restore_trainable(checkpoints.latest, shapes)
     params = merge(combine(trained, frozen), dtype or float_dtype(run.dtype))
     params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
