@@ -18,7 +18,8 @@ from vllama2_jax.data.toybox import toybox_scenes, video_frames, write_video
 from vllama2_jax.train.metrics import read_metrics
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "train_your_own.md"
-KILLS = (8, 25)  # steps behind which the run is killed
+# Steps behind which the run is killed; at 40 a save begins, for which that of 20 must be whole.
+KILLS = (8, 42)
 
 
 def blocks(kind):

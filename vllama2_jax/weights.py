@@ -15,7 +15,6 @@ from vllama2_jax.checkpoints.store import (
     TOKENIZER,
     copy_files,
     flatten,
-    is_remote,
     place,
     unflatten,
 )
@@ -25,6 +24,7 @@ from vllama2_jax.convert.huggingface import (
     open_checkpoint,
     resolve,
 )
+from vllama2_jax.data.files import is_remote
 from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import model_config

@@ -195,7 +195,10 @@ def test_unreadable_media_are_counted_named_and_survived(small_run, clips, tmp_p
     data = dataclasses.replace(small_run.data, sources=(source,))
     run(dataclasses.replace(small_run, data=data), tmp_path / "run")
     faults = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").open()]
-    assert {fault["record"] for fault in faults} == {"bad", "gone"}
+    assert {(fault["source"], fault["record"]) for fault in faults} == {
+        ("toybox", "bad"),
+        ("toybox", "gone"),
+    }
     assert len(read_metrics(tmp_path / "run")) == 12
     strict = dataclasses.replace(data, max_faults=1)
     with pytest.raises(TooManyFaults, match="2 records cannot be read, 1 are allowed"):

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vllama2_jax.checkpoints.card import CheckpointError, ModelCard, read_card, write_card
+from vllama2_jax.data.files import is_remote
 
 PARAMS, TOKENIZER = "params", "tokenizer"
 
@@ -29,11 +30,6 @@ def place(folder: str | os.PathLike) -> epath.Path:
     if re.match(r"\w{2,}:/[^/]", name):  # what pathlib makes of a bucket's name
         raise ValueError(f"{name}: a bucket's name begins with two slashes, as in gs://NAME")
     return epath.Path(name if is_remote(name) else os.path.abspath(name))
-
-
-def is_remote(folder: str | os.PathLike) -> bool:
-    """Whether a folder's name is one of a bucket."""
-    return "://" in os.fspath(folder)
 
 
 def is_saved_model(folder: Path) -> bool:

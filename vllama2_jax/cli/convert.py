@@ -17,8 +17,9 @@ def add_convert(command) -> None:
 
 def _convert(options) -> None:
     from vllama2_jax.checkpoints import CheckpointError, save_model
-    from vllama2_jax.checkpoints.store import is_remote, place
+    from vllama2_jax.checkpoints.store import place
     from vllama2_jax.convert.export import export_huggingface
+    from vllama2_jax.data.files import is_remote
     from vllama2_jax.progress import bar
     from vllama2_jax.text import tokenizer_files
     from vllama2_jax.weights import find, float_dtype, read

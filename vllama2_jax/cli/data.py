@@ -1,5 +1,6 @@
 """`vllama2 data ...`: make, check and pack records."""
 
+import argparse
 import os
 import sys
 
@@ -19,7 +20,9 @@ def add_data(command) -> None:
     check.add_argument("file", metavar="FILE", help="a .json list, a .jsonl file or a pack")
     _media_root_option(check)
     check.add_argument("--model", help="count text tokens as training this model would")
-    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(%(default)s)")
+    check.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="decoders (%(default)s)"
+    )
     check.add_argument("--report", metavar="OUT.json", help="write what is found, as JSON")
 
     pack = command("pack", _data_pack, "write records and media into ArrayRecord shards", kinds)
@@ -34,7 +37,9 @@ def add_data(command) -> None:
     _media_root_option(frames)
     frames.add_argument("--model", default="tiny", help="that is to be trained (%(default)s)")
     frames.add_argument(
-        "--no-square-pad", action="store_true", help="for recipes with data.square_pad=False"
+        "--square-pad",
+        action=argparse.BooleanOptionalAction,
+        help="as the recipe's data.square_pad (by default not for tiny, and for all others)",
     )
     frames.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(%(default)s)")
 
@@ -58,6 +63,7 @@ def _toybox(options) -> None:
 
 
 def _data_check(options) -> int:
+    from etils import epath
     from rich.console import Console
 
     from vllama2_jax.data.check import check
@@ -65,6 +71,8 @@ def _data_check(options) -> int:
     from vllama2_jax.data.sources import open_source
     from vllama2_jax.progress import bar
 
+    if options.report and not epath.Path(options.report).parent.is_dir():
+        raise ValueError(f"{options.report}: its folder is not there; make it, or name another")
     tokenizer = template = None
     if options.model:
         from vllama2_jax.weights import text_rules
@@ -79,9 +87,9 @@ def _data_check(options) -> int:
         workers=options.workers,
         bar=bar,
     )
+    report.show(Console(width=None if sys.stdout.isatty() else 120))
     if options.report:
         write_report(options.report, report)
-    report.show(Console(width=None if sys.stdout.isatty() else 120))
     return 1 if report.quarantine else 0
 
 
@@ -115,7 +123,8 @@ def _data_frames(options) -> int:
     from vllama2_jax.weights import describe
 
     card, _ = describe(options.model)
-    preset = dataclasses.replace(card.preset, square_pad=not options.no_square_pad)
+    square_pad = options.model != "tiny" if options.square_pad is None else options.square_pad
+    preset = dataclasses.replace(card.preset, square_pad=square_pad)
     reader = ClipReader(card.image, card.config.num_frames, preset, _media_root(options))
     with bar("decoding", unit="clips") as progress:
         done = cache_frames(

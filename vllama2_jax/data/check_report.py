@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.table import Table
+
+from vllama2_jax.data.files import read_bytes
 
 FORMAT, VERSION = "vllama2_jax data check", 1
 _PERCENTILES = (0, 50, 90, 99, 100)
@@ -152,7 +154,7 @@ class Report:
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
     """Write a report as JSON, whole or not at all."""
-    path = Path(path)
+    path = epath.Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
@@ -169,9 +171,9 @@ def read_report(path: str | os.PathLike, fingerprint: str) -> dict:
       ValueError: for a file that is no report, or one about other records.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+        data = json.loads(read_bytes(os.fspath(path)))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no report that can be read ({error})") from None
     if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path}: not a report of `vllama2 data check`; make one with --report")
     if data["fingerprint"] != fingerprint:

@@ -11,9 +11,9 @@ from vllama2_jax.data.records import Media
 from vllama2_jax.media import MediaError
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is one of a bucket."""
-    return "://" in path
+    return "://" in os.fspath(path)
 
 
 def read_bytes(path: str) -> bytes:

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -135,7 +136,7 @@ class PackedSource(Source):
             self._media = self._open(manifest["media"])
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            if not is_remote(path) and not os.path.exists(f"{path}/{MANIFEST}"):
+            if not is_remote(path) and not list(Path(path).glob("*.arrayrecord")):
                 raise ValueError(
                     f"{path}: no .json list, .jsonl file or finished pack; of a folder of media, "
                     "give the list of records that names them, and the folder as media root"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from etils import epath
 
-from vllama2_jax.checkpoints.store import is_remote
+from vllama2_jax.data.files import is_remote
 from vllama2_jax.train.metrics import FILE_NAME
 
 FAULTS = "faults.jsonl"

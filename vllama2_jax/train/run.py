@@ -19,7 +19,6 @@ from rich.console import Console
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.run import RunCheckpoints
 from vllama2_jax.checkpoints.store import place
-from vllama2_jax.data.assemble import Fault
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -268,10 +267,16 @@ class _Course:
         self.journal.publish()
         self.checkpoints.save(record["step"], state.trainable, state.optimizer, score)
 
-    def faults(self) -> list[Fault]:
-        """Records that this process could not read."""
-        held_out = self.validation.faults if self.validation else []
-        return [*self.feeding.feed.faults.values(), *held_out]
+    def faults(self) -> list[dict]:
+        """Records that this process could not read, as `faults.jsonl` holds them."""
+        read = [(self.config.data.sources, self.feeding.feed.faults.values())]
+        if self.validation:
+            read.append((self.config.validation.sources, self.validation.faults))
+        return [
+            fault._asdict() | {"source": sources[fault.source].name}
+            for sources, faults in read
+            for fault in sorted(faults)
+        ]
 
     def write_faults(self) -> None:
         """Keep them, beside those of earlier processes."""

@@ -32,8 +32,8 @@ from vllama2_jax.checkpoints.run import (
     run_card_folder,
     write_run_card,
 )
-from vllama2_jax.checkpoints.store import TOKENIZER, copy_files, is_remote
-from vllama2_jax.data.assemble import Fault
+from vllama2_jax.checkpoints.store import TOKENIZER, copy_files
+from vllama2_jax.data.files import is_remote
 from vllama2_jax.train.config import StartConfig, TrainConfig, differences, to_json
 from vllama2_jax.train.journal import FAULTS
 
@@ -157,7 +157,7 @@ def _anywhere(start: StartConfig) -> StartConfig:
     return dataclasses.replace(start, **whole)
 
 
-def write_faults(folder: Path, faults: Iterable[Fault]) -> None:
+def write_faults(folder: Path, faults: Iterable[dict]) -> None:
     """Add records that could not be read to `faults.jsonl`, each once; none make no file.
 
     Args:
@@ -166,7 +166,7 @@ def write_faults(folder: Path, faults: Iterable[Fault]) -> None:
     """
     path = folder / FAULTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines += [json.dumps(fault._asdict(), ensure_ascii=False) for fault in sorted(faults)]
+    lines += [json.dumps(fault, ensure_ascii=False) for fault in faults]
     if lines:
         unfinished = path.with_name(f"{FAULTS}.unfinished")
         unfinished.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
