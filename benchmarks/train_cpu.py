@@ -62,6 +62,7 @@ def recipe(config, params, card, tokenizer, folder):
 def seconds_per_step(step, state, frozen, batches, repeats):
     """Seconds of each of `repeats` steps, behind one that compiles."""
     batches = list(itertools.islice(batches, _BATCHES))
+    state = jax.device_put(state, jax.devices()[0])  # as results are, or the second step compiles
     state, _ = step(state, frozen, batches[0])
     seconds = []
     for batch, _ in zip(itertools.cycle(batches), range(repeats), strict=False):
