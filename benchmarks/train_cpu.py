@@ -19,6 +19,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.configs import build, parse
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.feeding import make_feeding
@@ -27,7 +28,7 @@ from vllama2_jax.train.run import make_run_step
 from vllama2_jax.train.schooling import LESSONS, begin_lesson, make_task
 from vllama2_jax.train.start import prepare
 from vllama2_jax.train.step import init_state, make_step
-from vllama2_jax.weights import TINY, float_dtype, read
+from vllama2_jax.weights import TINY, read
 
 _BATCHES = 4  # made before the clock starts
 _RECIPES = ("tiny_video_pretrain", "tiny_video_sft")

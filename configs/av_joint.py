@@ -6,8 +6,8 @@ audio-video, one audio, one video.
 
 import fiddle as fdl
 
-from vllama2_jax.configs.base import base, paper_sources, source, train_only
-from vllama2_jax.data.paper_mixtures import AUDIO_SFT, AV_JOINT, VIDEO_SFT
+from vllama2_jax.configs.base import base, source, train_only
+from vllama2_jax.data.paper_mixtures import AV_JOINT
 from vllama2_jax.train.config import TrainConfig
 
 
@@ -16,13 +16,12 @@ def av_joint() -> fdl.Config[TrainConfig]:
     config = base("av_joint")
     config.start.model = "runs/audio_sft"
     config.rules = train_only("connector/.*", "audio_connector/.*", "decoder/.*")
+    # No shares: an epoch reads the first source once, the others as the turns ask.
     config.data.sources = (
-        *paper_sources(AV_JOINT, "av_joint"),
-        source("audio", "av_joint", AUDIO_SFT.used),
-        source("video", "av_joint", VIDEO_SFT.used),
+        source(AV_JOINT.rows[0].name, "av_joint"),
+        source("audio", "av_joint"),
+        source("video", "av_joint"),
     )
-    for each in config.data.sources:
-        each.share = None  # an epoch reads the first source once, the others as the turns ask
     config.data.mix = "joint"
     config.optimizer.learning_rate = 2e-5
     config.rows = 128

@@ -46,8 +46,8 @@ def train_only(*patterns: str) -> tuple[fdl.Config[Rule], ...]:
     )
 
 
-def source(name: str, folder: str, samples: int) -> fdl.Config[SourceConfig]:
-    """A file of records with its media beside it, of which so many samples make an epoch."""
+def source(name: str, folder: str, samples: int | None = None) -> fdl.Config[SourceConfig]:
+    """A file of records with its media beside it; `samples` of it make an epoch, or all."""
     return fdl.Config(
         SourceConfig, name, f"{DATA_ROOT}/{folder}/{name}.json", media_root=DATA_ROOT, share=samples
     )

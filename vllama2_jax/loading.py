@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.checkpoints import CheckpointError
+from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.infer.model import Model
 from vllama2_jax.media.preset import MediaPreset
 from vllama2_jax.text import load_tokenizer
-from vllama2_jax.weights import find, float_dtype, read
+from vllama2_jax.weights import find, read
 
 
 def load(

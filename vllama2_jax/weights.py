@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard, is_saved_model, load_model
@@ -33,22 +32,6 @@ from vllama2_jax.text import ChatTemplate, Tokenizer, choose_template, load_toke
 TINY = Path(__file__).parent / "assets" / "tiny"
 _HUB_OWNER = "DAMO-NLP-SG"
 _BASE = "-Base"
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def float_dtype(name: str | jnp.dtype) -> jnp.dtype:
-    """A dtype that weights may have.
-
-    Raises:
-      ValueError: for any other; int8, say, would cut the weights to whole numbers.
-    """
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.name not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; known: {', '.join(_DTYPES)}")
-    return dtype
 
 
 def find(source: str | Path) -> Path:

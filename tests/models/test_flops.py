@@ -6,7 +6,8 @@ import re
 import pytest
 
 from vllama2_jax.convert.hf_config import model_from_json, read_json
-from vllama2_jax.models.flops import PARTS, forward_flops
+from vllama2_jax.models.config import PARTS
+from vllama2_jax.models.flops import forward_flops
 from vllama2_jax.models.zoo import CONNECTOR_KINDS, ZOO, connector_config
 
 ROWS, LENGTH, CLIPS, STEPS = 2, 24, 3, 4

@@ -23,12 +23,13 @@ from vllama2_jax.data.toybox_scenes import (
     render,
     sample_scene,
 )
+from vllama2_jax.models.config import PARTS
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.optimizer import OptimizerConfig
 from vllama2_jax.train.schooling import Lesson, make_task, model_card, school, teach
-from vllama2_jax.train.start import PARTS, random_parts
+from vllama2_jax.train.start import random_parts
 from vllama2_jax.weights import TINY
 
 

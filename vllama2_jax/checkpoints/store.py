@@ -22,6 +22,7 @@ from vllama2_jax.checkpoints.card import CheckpointError, ModelCard, read_card, 
 from vllama2_jax.data.files import is_remote
 
 PARAMS, TOKENIZER = "params", "tokenizer"
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def place(folder: str | os.PathLike) -> epath.Path:
@@ -30,6 +31,21 @@ def place(folder: str | os.PathLike) -> epath.Path:
     if re.match(r"\w{2,}:/[^/]", name):  # what pathlib makes of a bucket's name
         raise ValueError(f"{name}: a bucket's name begins with two slashes, as in gs://NAME")
     return epath.Path(name if is_remote(name) else os.path.abspath(name))
+
+
+def float_dtype(name: str | jnp.dtype) -> jnp.dtype:
+    """A dtype that weights may have.
+
+    Raises:
+      ValueError: for any other; int8, say, would cut the weights to whole numbers.
+    """
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; known: {', '.join(_DTYPES)}")
+    return dtype
 
 
 def is_saved_model(folder: Path) -> bool:

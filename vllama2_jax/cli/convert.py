@@ -17,12 +17,12 @@ def add_convert(command) -> None:
 
 def _convert(options) -> None:
     from vllama2_jax.checkpoints import CheckpointError, save_model
-    from vllama2_jax.checkpoints.store import place
+    from vllama2_jax.checkpoints.store import float_dtype, place
     from vllama2_jax.convert.export import export_huggingface
     from vllama2_jax.data.files import is_remote
     from vllama2_jax.progress import bar
     from vllama2_jax.text import tokenizer_files
-    from vllama2_jax.weights import find, float_dtype, read
+    from vllama2_jax.weights import find, read
 
     target, dtype = place(options.dst), float_dtype(options.dtype)
     if options.to == "hf" and is_remote(target):

@@ -16,12 +16,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
-from vllama2_jax.checkpoints.store import check_tree, flatten
+from vllama2_jax.checkpoints.store import check_tree, flatten, float_dtype
 from vllama2_jax.convert import tables
 from vllama2_jax.convert.hf_card import card_to_json
 from vllama2_jax.models.config import VLlama2Config
@@ -29,7 +28,6 @@ from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.text import load_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9  # as transformers 4.40 does
-_DTYPES = ("float32", "bfloat16", "float16")
 _GENERATION = "generation_config.json"
 
 
@@ -63,9 +61,7 @@ def export_huggingface(
         written. Also for a weight that is too large for `dtype`.
       ValueError: for another dtype.
     """
-    folder, dtype = Path(folder), jnp.dtype(dtype)
-    if dtype.name not in _DTYPES:
-        raise ValueError(f"dtype {dtype.name!r} is not supported; known: {', '.join(_DTYPES)}")
+    folder, dtype = Path(folder), float_dtype(dtype)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists and is not empty; choose another or remove it")
     tokenizer_files = [Path(path) for path in tokenizer_files]

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,13 @@ class CachedClipReader:
         if entry is not None and kept == file_stamps(source, media, self._reader.root):
             try:
                 return _from_entry(self._entries[entry], media)
-            except Exception:  # the library raises its own kinds for a damaged shard
-                pass  # the file itself is there
+            except Exception as error:  # the library raises its own kinds for a damaged shard
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(
+                    f"{self._folder}: the kept frames of {media.paths[0]} cannot be read "
+                    f"({reason}), so it is decoded again; make the cache anew",
+                    stacklevel=2,
+                )
         return self._reader(source, number, media)
 
     def _open(self):

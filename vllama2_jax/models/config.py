@@ -7,6 +7,9 @@ import dataclasses
 import types
 import typing
 
+# Of the network, in the order in which data run through them; parameters begin with these names.
+PARTS = ("vision", "connector", "decoder")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:

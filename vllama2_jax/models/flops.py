@@ -8,9 +8,12 @@ batch counts, padding too, and causal attention counts half of its square.
 import dataclasses
 import math
 
-from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
-
-PARTS = ("vision", "connector", "decoder")
+from vllama2_jax.models.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    ViTConfig,
+    VLlama2Config,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,16 @@ import re
 import flax.linen as nn
 import jax
 
-from vllama2_jax.models.quantized import PARTS
+from vllama2_jax.models.quantized import STORED_AS
 
 LORA_A, LORA_B, LORA_SCALE = "_lora_a", "_lora_b", "_lora_scale"
 
-_SUFFIXES = (LORA_A, LORA_B, LORA_SCALE, *(f"_{part}" for kind in PARTS.values() for part in kind))
+_SUFFIXES = (
+    LORA_A,
+    LORA_B,
+    LORA_SCALE,
+    *(f"_{part}" for kind in STORED_AS.values() for part in kind),
+)
 _SUFFIX = re.compile(f"({'|'.join(_SUFFIXES)})$")
 _LAYER = r"decoder/(layers|layer_\d+)"
 _KERNEL = re.compile(rf"{_LAYER}/((attention|mlp)/\w+|moe/router)/kernel|decoder/lm_head/kernel")

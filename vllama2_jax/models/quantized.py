@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 # What replaces `kernel`: the parameters `kernel_nf4`, `kernel_nf4_absmax` and so on.
-PARTS = {"int8": ("int8", "int8_scale"), "nf4": ("nf4", "nf4_absmax", "nf4_scale", "nf4_mean")}
+STORED_AS = {"int8": ("int8", "int8_scale"), "nf4": ("nf4", "nf4_absmax", "nf4_scale", "nf4_mean")}
 
 # QLoRA, appendix E: quantiles of the normal distribution over the largest of them, 0 among them.
 NF4_VALUES = (
@@ -45,8 +45,8 @@ def quantize(matrix: jax.Array, kind: str) -> dict[str, jax.Array]:
     Raises:
       ValueError: for an unknown kind, or an odd number of inputs.
     """
-    if kind not in PARTS:
-        raise ValueError(f"unknown quantisation {kind!r}; known: {', '.join(PARTS)}")
+    if kind not in STORED_AS:
+        raise ValueError(f"unknown quantisation {kind!r}; known: {', '.join(STORED_AS)}")
     matrix = matrix.astype(jnp.float32)
     return _to_int8(matrix) if kind == "int8" else _to_nf4(matrix)
 
@@ -63,7 +63,7 @@ def dequantize(parts: dict[str, jax.Array], dtype) -> jax.Array:
 
 def quantized_parts(module: nn.Module, name: str) -> dict[str, jax.Array] | None:
     """What stands for the parameter `name` of a bound module; None if that is not quantised."""
-    for kind, parts in PARTS.items():
+    for kind, parts in STORED_AS.items():
         if module.has_variable("params", f"{name}_{kind}"):
             return {part: module.get_variable("params", f"{name}_{part}") for part in parts}
     return None

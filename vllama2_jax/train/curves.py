@@ -93,7 +93,7 @@ def _panels(curves: dict[str, Curve]) -> list[Panel]:
     if len(datasets) < 2:  # one alone is the loss itself
         datasets = held_out = []
     norms = each("grad_norm/", mean=True) or one("grad_norm", mean=True)
-    rates = one("learning_rate") + each("learning_rate/")
+    rates = one("learning_rate")
     panels = [
         Panel(f"loss{' (x not finite)' * bool(lost)}", loss + validation),
         Panel(f"loss per dataset{' (o validation)' * bool(held_out)}", datasets + held_out),

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.models.flops import PARTS, forward_products
+from vllama2_jax.models.config import PARTS, VLlama2Config
+from vllama2_jax.models.flops import forward_products
 
 ACTIONS = ("train", "lora", "freeze")
 

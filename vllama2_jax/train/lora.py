@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vllama2_jax.checkpoints.store import flatten, unflatten
 from vllama2_jax.models.lora import LORA_A, LORA_B, LORA_SCALE, kernel_axes, kernel_path
-from vllama2_jax.models.quantized import PARTS, dequantize, quantize
+from vllama2_jax.models.quantized import STORED_AS, dequantize, quantize
 from vllama2_jax.train.trainable import assign_rules
 
 
@@ -97,7 +97,7 @@ def _base(flat, kernel):
         return flat[kernel]
     return next(
         {part: flat[f"{kernel}_{part}"] for part in parts}
-        for kind, parts in PARTS.items()
+        for kind, parts in STORED_AS.items()
         if f"{kernel}_{kind}" in flat
     )
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.run import RunCheckpoints
-from vllama2_jax.checkpoints.store import place
+from vllama2_jax.checkpoints.store import float_dtype, place
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -44,7 +44,6 @@ from vllama2_jax.train.start import begin, describe_start, prepare
 from vllama2_jax.train.step import TrainState, init_state, make_step
 from vllama2_jax.train.trainable import combine, parameter_table
 from vllama2_jax.train.validation import Validation
-from vllama2_jax.weights import float_dtype
 
 
 class Outcome(NamedTuple):

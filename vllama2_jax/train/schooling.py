@@ -24,7 +24,7 @@ from vllama2_jax.data.toybox_labels import labelled_clips, picture_batches
 from vllama2_jax.data.toybox_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE
-from vllama2_jax.models.config import VLlama2Config
+from vllama2_jax.models.config import PARTS, VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.models.zoo import model_config
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -34,7 +34,7 @@ from vllama2_jax.train.heads import HEADS_OF, connector_loss, make_heads, tower_
 from vllama2_jax.train.loop import run_steps
 from vllama2_jax.train.loss import batch_loss
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
-from vllama2_jax.train.start import PARTS, random_parts
+from vllama2_jax.train.start import random_parts
 from vllama2_jax.train.step import TrainState, init_state, make_step
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
 

@@ -16,18 +16,16 @@ from vllama2_jax.checkpoints.run import (
     read_run_card,
     run_card_folder,
 )
-from vllama2_jax.checkpoints.store import TOKENIZER, flatten, unflatten
+from vllama2_jax.checkpoints.store import TOKENIZER, flatten, float_dtype, unflatten
 from vllama2_jax.convert.parts import describe_decoder, read_decoder, read_vision
-from vllama2_jax.models.config import VLlama2Config, config_from_dict
+from vllama2_jax.models.config import PARTS, VLlama2Config, config_from_dict
 from vllama2_jax.models.vllama2 import init_params
 from vllama2_jax.models.zoo import connector_config, model_config
 from vllama2_jax.train.config import RANDOM, STORED, StartConfig
 from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.lora import adapt, merge
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
-from vllama2_jax.weights import describe, find, float_dtype, local, read
-
-PARTS = ("vision", "connector", "decoder")
+from vllama2_jax.weights import describe, find, local, read
 
 
 def describe_start(start: StartConfig) -> tuple[ModelCard, Path]:

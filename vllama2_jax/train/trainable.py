@@ -16,7 +16,7 @@ from rich.table import Table
 
 from vllama2_jax.checkpoints.store import flatten, unflatten
 from vllama2_jax.models.lora import LORA_A, LORA_B, kernel_axes, kernel_path
-from vllama2_jax.models.quantized import PARTS
+from vllama2_jax.models.quantized import STORED_AS
 
 ACTIONS = ("train", "freeze", "lora")
 
@@ -64,10 +64,10 @@ class Rule:
                 f"rule {self.pattern!r}: lora needs a rank of at least 1 and an alpha above 0, not "
                 f"rank {self.rank} and alpha {self.alpha:g}"
             )
-        if self.quantize and self.quantize not in PARTS:
+        if self.quantize and self.quantize not in STORED_AS:
             raise ValueError(
                 f"rule {self.pattern!r}: unknown quantize {self.quantize!r}; "
-                f"known: {', '.join(PARTS)}, or '' for none"
+                f"known: {', '.join(STORED_AS)}, or '' for none"
             )
 
 

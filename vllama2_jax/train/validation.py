@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
-from vllama2_jax.checkpoints.store import flatten
+from vllama2_jax.checkpoints.store import flatten, float_dtype
 from vllama2_jax.data.assemble import Fault
 from vllama2_jax.data.records import Record
 from vllama2_jax.infer.model import Model
@@ -21,7 +21,7 @@ from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.lora import merge
 from vllama2_jax.train.loss import LossSums, batch_loss, dataset_losses
 from vllama2_jax.train.trainable import combine
-from vllama2_jax.weights import float_dtype, unstack
+from vllama2_jax.weights import unstack
 
 
 class Validation:
