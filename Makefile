@@ -40,10 +40,12 @@ $(STAMP): $(BIN)/python setup.cfg constraints.txt
 
 # timm (an oracle) needs torchvision, which has no CPU build on the index: both go to a folder of
 # their own, where only the tests look (tests/conftest.py), so that transformers never meets them.
+# Of torchaudio and speechbrain one file each is read, and nothing imported (tests/audio_oracle.py).
 dev: $(VENV)/.dev  ## add what the tests need (CPU torch, timm, ruff, pytest)
 $(VENV)/.dev: $(STAMP)
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/oracle timm torchvision mistral-common
+	$(PIP) --no-deps --upgrade --target $(VENV)/oracle_files torchaudio speechbrain
 	@touch $@
 
 tfio: $(TFIO)/.env  ## make .venv-tfio, which reads TFRecords for `vllama2 data ingest` (1.5 GB)
@@ -79,7 +81,7 @@ tiny: $(STAMP)  ## train the embedded model again, into runs/tiny (15 minutes on
 	$(BIN)/vllama2 train --config=config:tiny_video_pretrain --out runs/tiny_video_pretrain
 	$(BIN)/vllama2 train --config=config:tiny_video_sft --out runs/tiny_video_sft
 	$(BIN)/vllama2 convert runs/tiny_video_sft runs/tiny
-	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny
+	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny --clips 400
 
 clean:  ## remove the environment and everything made
 	rm -rf $(VENV) $(TFIO) build dist *.egg-info runs demo
