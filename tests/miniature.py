@@ -1,6 +1,15 @@
-"""The smallest network that has all the parts; for tests that need no released format."""
+"""The smallest networks that have all the parts; for tests that need no released format."""
 
-from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
+import dataclasses
+
+from vllama2_jax.models.config import (
+    AudioConnectorConfig,
+    BeatsConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    ViTConfig,
+    VLlama2Config,
+)
 
 MINIATURE = VLlama2Config(
     name="test",
@@ -34,4 +43,24 @@ MINIATURE = VLlama2Config(
         qkv_bias=True,
     ),
     num_frames=2,
+)
+
+# It hears a second at a time.
+HEARING = dataclasses.replace(
+    MINIATURE,
+    audio=BeatsConfig(
+        patch_size=16,
+        patch_width=8,
+        width=8,
+        mlp_dim=16,
+        num_layers=4,
+        num_heads=2,
+        seconds=1.0,
+        conv_window=8,
+        conv_groups=2,
+        num_buckets=16,
+        max_distance=40,
+        layer_drop=0.5,
+    ),
+    audio_connector=AudioConnectorConfig("mlp2x_gelu", in_dim=8, out_dim=16),
 )

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import audio_oracle
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -94,6 +95,12 @@ class Miniature:
     language: nn.Module
     processor: object
     tokenizer: object
+    tag = "<video>"  # of its media in a prompt
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All of them, as `released_state` takes them."""
+        return self.tower, self.connector, self.language
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> torch.Tensor:
@@ -113,13 +120,13 @@ class Miniature:
         messages = [dict(message) for message in messages]
         if frames is not None:
             first = next(m for m in messages if m["role"] == "user")
-            first["content"] = "<video>\n" + first["content"]
+            first["content"] = f"{self.tag}\n" + first["content"]
         text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
         table = self.language.get_input_embeddings()
         parts = []
-        for number, piece in enumerate(text.split("<video>")):
+        for number, piece in enumerate(text.split(self.tag)):
             if number:
                 parts.append(self.encode(frames))
             ids = self.tokenizer(piece, add_special_tokens=False).input_ids
@@ -261,9 +268,16 @@ def _write_generation(folder: Path, tokenizer) -> None:
     )
 
 
-def released_state(vision, projector, language) -> dict[str, torch.Tensor]:
-    """The three networks' tensors under the names of a released checkpoint."""
+def released_state(
+    vision, projector, language, audio=None, audio_connector=None
+) -> dict[str, torch.Tensor]:
+    """The networks' tensors under the names of a released checkpoint."""
     state = {}
+    if audio is not None:
+        for name, tensor in audio_oracle.released_names(audio).items():
+            state[f"model.audio_tower.{name}"] = torch.from_numpy(tensor)
+        for name, tensor in audio_connector.state_dict().items():
+            state[f"model.mm_projector_a.{name}"] = tensor
     for name, tensor in vision.state_dict().items():
         if not name.startswith("vision_model."):
             name = f"vision_model.{name}"

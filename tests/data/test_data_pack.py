@@ -107,7 +107,7 @@ def test_a_pack_can_be_packed_again(packed, tmp_path):
     again, source = open_source(tmp_path / "again"), open_source(packed)
     assert list(again) == list(source)
     assert again.fingerprint == source.fingerprint
-    with local_media(again, 2, again[2].media, "nowhere") as place:
+    with local_media(again, 2, again[2].media, "nowhere") as (place,):
         assert open(place, "rb").read() == source.media_bytes(0)[0]
 
 

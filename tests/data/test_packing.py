@@ -117,15 +117,15 @@ def test_no_record_of_a_large_window_is_left_out():
 @pytest.mark.parametrize(
     ("lengths", "clips", "change", "message"),
     [
-        ([3], [0, 0], {}, "two lists of equal length"),
+        ([3], [0, 0], {}, "must be lists of equal length"),
         ([3], [0], {"rows": 0}, "0 rows"),
         ([3], [0], {"buckets": (128, 256)}, r"end with the longest row, 512"),
         ([3], [0], {"buckets": (512, 128, 512)}, "must rise"),
         ([3], [0], {"buckets": ()}, "must rise"),
         ([3], [0], {"buckets": (0, 512)}, "must be positive"),
         ([3, 0], [0, 0], {}, "record 1 of the window has 0 slots"),
-        ([3, 3], [0, 3], {}, "record 1 of the window has 3 media, a row holds 0 to 2"),
-        ([3, 3], [0, -1], {}, "has -1 media"),
+        ([3, 3], [0, 3], {}, "record 1 of the window has 3 clips, a row holds 0 to 2"),
+        ([3, 3], [0, -1], {}, "has -1 clips"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_in_words(lengths, clips, change, message):

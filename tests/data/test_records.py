@@ -65,6 +65,31 @@ def test_a_leading_sentence_that_is_not_human_is_dropped_as_in_the_original(spea
     assert record.turns == (("Hello?", "Hello."),)
 
 
+@pytest.mark.parametrize(
+    ("keys", "media"),
+    [
+        ({"audio": "a.wav", "start": 1}, Media("audio", "a.wav", start=1.0)),
+        ({"video": "a.mp4", "audio": True}, Media("av", "a.mp4")),
+        ({"video": "a.mp4", "audio": "a.mp4", "end": 2}, Media("av", "a.mp4", end=2.0)),
+        ({"video": "a.mp4", "audio": "b.wav"}, Media("av", "a.mp4", sound="b.wav")),
+        (
+            {"video": ["1.png", "2.png"], "audio": "b.wav"},
+            Media("av", ("1.png", "2.png"), sound="b.wav"),
+        ),
+        ({"video": "a.mp4", "audio": False}, Media("video", "a.mp4")),
+    ],
+)
+def test_records_have_sound_alone_or_beside_a_video(keys, media):
+    data = keys | {"id": "a", "conversations": said(media.placeholder, "Yes.")}
+    record = parse_record(data, "f.json", 0)
+    assert record.media == media
+    assert parse_record(record.to_json(), "f.json", 0) == record
+    places = [f"/root/{path}" for path in media.paths]
+    assert media.heard == (media.kind != "video") and media.seen == (media.kind != "audio")
+    if media.heard:
+        assert media.track(places) == f"/root/{media.sound or media.source}"
+
+
 def test_messages_have_the_placeholder_in_front_of_its_turn():
     turns = (("Hi.", "Hello."), ("What is <video> this?<video>", "A ball."))
     messages = Record("a", turns, Media("video", "a.mp4")).messages()
@@ -85,7 +110,11 @@ def test_messages_have_the_placeholder_in_front_of_its_turn():
         ({"conversations": TURNS[::-1]}, "must alternate human, gpt"),
         ({"conversations": TURNS[:1]}, "must alternate human, gpt"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": 3}]}, "string `value`"),
-        ({"conversations": TEXT, "audio": "a.wav"}, "`audio` is not supported yet"),
+        ({"conversations": TEXT, "audio": "a.wav"}, "one question must hold <audio>; none do"),
+        (VIDEO | {"audio": 3}, "`audio` beside a video must be a path, or true"),
+        (VIDEO | {"video": ["a.png"], "audio": True}, "a list of frames has no sound"),
+        ({"image": "a.jpg", "audio": "a.wav", "conversations": TEXT}, "holds image and audio"),
+        ({"audio": ["a.wav"], "conversations": said("<audio>", "B")}, "`audio` must be a path$"),
         ({"conversations": TEXT, "videos": "a.mp4"}, "did you mean `video`"),
         (VIDEO | {"strat": 3}, "did you mean `start`"),
         (VIDEO | {"id": 1.5}, "`id` must be a string or a whole number"),
@@ -100,8 +129,8 @@ def test_messages_have_the_placeholder_in_front_of_its_turn():
         (VIDEO | {"start": 2, "end": 2}, "`end` 2.0 must lie behind it"),
         (VIDEO | {"end": 0}, "`end` 0.0 must lie behind it"),
         (VIDEO | {"end": True}, "`end` must be a number of seconds"),
-        (VIDEO | {"video": ["a.png"], "start": 1}, "for a video that is one file"),
-        ({"conversations": TEXT, "end": 1}, "for a video that is one file"),
+        (VIDEO | {"video": ["a.png"], "start": 1}, "for a video or a sound that is one file"),
+        ({"conversations": TEXT, "end": 1}, "for a video or a sound that is one file"),
         (VIDEO | {"kind": 3}, "`kind` must be a string"),
         ({"conversations": TURNS}, "holds <video> but there is no such media"),
         (VIDEO | {"conversations": TEXT}, "one question must hold <video>; none do"),

@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vllama2_jax.data import tfio_ingest, tfio_job
+from vllama2_jax.data.files import local_media
 from vllama2_jax.data.records import Media, RecordError
 from vllama2_jax.data.sources import open_source
 from vllama2_jax.data.tfio_job import Job, Keys, add_job_options, run_job
@@ -206,14 +208,17 @@ def test_a_pack_holds_equal_media_once_and_is_read_as_any_other(tmp_path):
     assert [source.media_bytes(i) for i in range(3)] == [(MP4,), (MP4,), (MP4 + b"2",)]
 
 
-def test_records_of_sounds_are_packed_and_refused_alone_until_they_are_supported(tmp_path):
+def test_a_video_with_a_sound_file_is_packed_as_both(tmp_path):
     examples = [captioned(MP4), captioned(MP4, audio=[b"RIFF"])]
     ingested(tmp_path / "pack", examples)
     source = open_source(tmp_path / "pack")
     assert source[0].media.kind == "video"
-    with pytest.raises(RecordError, match="`audio` is not supported yet"):
-        source[1]
+    media = source[1].media
+    assert media.kind == "av" and media.sound.endswith(".wav")
     assert source.media_bytes(1) == (MP4, WAV)
+    with local_media(source, 1, media, "nowhere") as places:
+        assert Path(media.pictures(places)).read_bytes() == MP4
+        assert Path(media.track(places)).read_bytes() == WAV
 
 
 def test_bad_examples_are_named_and_left_out_up_to_a_number(tmp_path, capsys):

@@ -22,6 +22,7 @@ from vllama2_jax.media import (
     prepare,
     probe,
 )
+from vllama2_jax.models.config import config_from_dict
 
 SPEC = ImageSpec(32, "stretch", (0.5, 0.25, 0.75), (0.5,) * 3)
 PADDED = dataclasses.replace(REFERENCE, square_pad=True)
@@ -170,7 +171,7 @@ def test_exif_orientation_counts_in_the_paper_only(tmp_path):
 def test_presets_and_specs_are_plain_json():
     for preset in (REFERENCE, PAPER):
         data = json.loads(json.dumps(dataclasses.asdict(preset)))
-        assert MediaPreset(**data) == preset
+        assert config_from_dict(MediaPreset, data) == preset
     for spec in (CLIP_336, SIGLIP_384):
         data = json.loads(json.dumps(dataclasses.asdict(spec)))
         data["mean"], data["std"] = tuple(data["mean"]), tuple(data["std"])

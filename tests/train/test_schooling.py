@@ -23,7 +23,6 @@ from vllama2_jax.data.toybox_scenes import (
     render,
     sample_scene,
 )
-from vllama2_jax.models.config import PARTS
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import load_tokenizer
@@ -83,7 +82,7 @@ def _lesson(part, steps):
 
 @pytest.fixture(scope="module")
 def beginning():
-    return random_parts(_narrow(ZOO["tiny"]), list(PARTS), 0, None, narrow=True)
+    return random_parts(_narrow(ZOO["tiny"]), list(ZOO["tiny"].parts), 0, None, narrow=True)
 
 
 @pytest.mark.parametrize("part", ["vision", "connector", "decoder"])
@@ -99,7 +98,7 @@ def test_lesson_lowers_its_loss_and_touches_only_its_part(part, beginning, monke
     monkeypatch.setattr("vllama2_jax.train.schooling.make_task", one_batch)
     after, losses = teach(_lesson(part, 30), beginning, card, tokenizer, 0)
     assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
-    assert set(after) == set(PARTS)
+    assert set(after) == set(ZOO["tiny"].parts)
     changed = {
         path.split("/")[0]
         for path, leaf in flatten(after).items()

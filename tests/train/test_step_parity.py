@@ -36,6 +36,7 @@ import oracle  # noqa: E402
 
 LEARNING_RATE = 1e-3
 STEPS = 4  # frames of a clip
+PLACEHOLDERS = {"<image>": -200, "<video>": -201, "<audio>": -202}
 CONVERSATIONS = [
     ["<video>\nWhat is shown in the video?", "A cat.", "And then?", "It sleeps in the sun."],
     ["Who helps whom?", "The user helps the assistant, as it should be."],
@@ -65,11 +66,11 @@ def miniature(folder, family, tower, connector):
 
 
 def to_ids(text, tokenizer):
-    """Every stretch between placeholders by itself; placeholders are -200 and -201."""
+    """Every stretch between placeholders by itself; placeholders are negative."""
     ids = []
-    for piece in re.split("(<image>|<video>)", text):
-        if piece in ("<image>", "<video>"):
-            ids.append(-200 if piece == "<image>" else -201)
+    for piece in re.split("(<image>|<video>|<audio>)", text):
+        if piece in PLACEHOLDERS:
+            ids.append(PLACEHOLDERS[piece])
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False).input_ids
     return ids
@@ -135,10 +136,9 @@ def spliced(model, rows):
 
 def as_ours(model, config, value):
     """value(parameter) of the oracle's parameters as our nested ones, by the import's tables."""
-    networks = copy.deepcopy((model.tower, model.connector, model.language))
-    originals = (model.tower, model.connector, model.language)
+    networks = copy.deepcopy(model.networks)
     with torch.no_grad():
-        for network, original in zip(networks, originals, strict=True):
+        for network, original in zip(networks, model.networks, strict=True):
             for target, parameter in zip(network.parameters(), original.parameters(), strict=True):
                 target.copy_(value(parameter))
     state = oracle.released_state(*networks)
@@ -225,23 +225,25 @@ def compare(model, config, rules, loss, ours):
     """Hold loss, gradients and update against the oracle, whose `loss` has a graph."""
     metrics, gradients, updated = ours
     assert abs(float(metrics["loss"]) - loss.item()) <= 1e-5
-    optimizer = torch.optim.AdamW(
-        [*model.connector.parameters(), *model.language.parameters()],
-        lr=LEARNING_RATE,
-        weight_decay=0,
-    )
+    parameters = [p for network in model.networks for p in network.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0)
     loss.backward()
-    wanted = flatten(as_ours(model, config, gradient))
+    wanted = as_ours(model, config, gradient)
+    assigned = assign_rules(rules, wanted)
+    wanted = flatten(wanted)
     before = flatten(as_ours(model, config, itself))
     optimizer.step()
     after = flatten(as_ours(model, config, itself))
-    parts = {"connector"} if rules is PRETRAIN else {"connector", "decoder"}
-    parts = {"decoder"} if rules is TEXT else parts
-    assert set(gradients) == {path for path in wanted if path.split("/")[0] in parts}
+    assert set(gradients) == {path for path, rule in assigned.items() if rule.action == "train"}
+    largest = max(np.abs(wanted[path]).max() for path in gradients)
     errors = {}
     for path, ours in gradients.items():
         reference = np.asarray(wanted[path])
         scale = np.abs(reference).max()
+        if path.endswith("audio/blocks/attention/key/bias"):
+            # It moves all logits of a query alike, so its gradient is rounding noise.
+            assert max(scale, np.abs(ours).max()) < 1e-5 * largest
+            continue
         assert scale > 0, path
         errors[path] = np.abs(ours - reference).max() / scale
         # Adam divides a gradient by its size: the update of one that is rounding noise is noise.

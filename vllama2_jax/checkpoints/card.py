@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import PRESETS, MediaPreset
+from vllama2_jax.media.sound import SoundSpec
 from vllama2_jax.models.config import VLlama2Config, config_from_dict, config_to_dict
 
 FORMAT = "vllama2_jax"
@@ -49,6 +50,20 @@ class ModelCard:
     generation: GenerationDefaults
     template: str = ""
     tokenizer: str = ""
+
+    def __post_init__(self):
+        """Refuse rules that hear more of a video than the audio tower takes."""
+        joint = self.preset.sound.joint_seconds
+        if self.sound and joint > self.sound.seconds:
+            raise ValueError(
+                f"preset {self.preset.name!r} hears {joint:g} s of a video, the model takes "
+                f"{self.sound.seconds:g}; use preset 'paper'"
+            )
+
+    @property
+    def sound(self) -> SoundSpec | None:
+        """How much of a sound is heard; None for a model that does not hear."""
+        return SoundSpec(self.config.audio.seconds) if self.config.audio else None
 
     def with_preset(self, preset: str | MediaPreset | None) -> "ModelCard":
         """The same card under another media preset, by name or value; None changes nothing."""

@@ -5,19 +5,21 @@ import json
 import os
 import sys
 
+_MODALITIES = ("auto", "video", "image", "audio", "av", "text")
 # Fields of media.Limits, which its errors name.
 _LIMITS = {
     "max_bytes": "refuse larger files",
     "max_pixels": "refuse frames of more pixels",
     "max_frames": "refuse more distinct frames",
+    "max_sound_seconds": "refuse longer sound tracks",
     "max_seconds": "give up on a file after so long",
 }
 
 
 def add_ask(command) -> None:
     """Add `ask`; `command` is of `cli.main`."""
-    ask = command("ask", _ask, "answer a question about a video or an image")
-    ask.add_argument("media", help="a video, an image or a folder of frames")
+    ask = command("ask", _ask, "answer a question about a video, an image or sound")
+    ask.add_argument("media", help="a video, an image, a sound file or a folder of frames")
     ask.add_argument("question")
     _model_options(ask)
     _media_options(ask)
@@ -29,8 +31,8 @@ def add_ask(command) -> None:
 
 def add_chat(command) -> None:
     """Add `chat`; `command` is of `cli.main`."""
-    chat = command("chat", _chat, "ask one question after another about a video or an image")
-    chat.add_argument("media", help="a video, an image or a folder of frames")
+    chat = command("chat", _chat, "ask one question after another about a file")
+    chat.add_argument("media", help="a video, an image, a sound file or a folder of frames")
     _model_options(chat)
     _media_options(chat)
     _sampling_options(chat)
@@ -49,13 +51,13 @@ def _model_options(parser) -> None:
 
 def _media_options(parser) -> None:
     group = parser.add_argument_group("media")
-    group.add_argument("--modality", default="auto", choices=("auto", "video", "image", "text"))
+    group.add_argument("--modality", default="auto", choices=_MODALITIES, help="what to take in")
     group.add_argument("--start", type=float, metavar="S", help="second to begin at")
     group.add_argument("--end", type=float, metavar="S", help="second to end at")
     group.add_argument("--num-frames", type=int, metavar="N", help="frames to look at")
     for name, words in _LIMITS.items():
         option = f"--{name.replace('_', '-')}"
-        kind = float if name == "max_seconds" else int
+        kind = float if name.endswith("seconds") else int
         group.add_argument(option, type=kind, metavar="N", help=words)
 
 
@@ -109,7 +111,7 @@ def _ask(options) -> None:
     _check_media(options.media)
     model = _load(options)
     session = model.session(options.media, **media)
-    clip = session.media.clip
+    clip, sound = session.media.clip, session.media.sound
     if options.frames and clip is not None:
         from vllama2_jax.media.sheet import contact_sheet
 
@@ -130,6 +132,7 @@ def _ask(options) -> None:
             "model": model.config.name,
             "modality": session.media.modality,
             "frame_seconds": [] if clip is None else _seconds(clip),
+            "sound_seconds": [] if sound is None else _stretches(sound),
         }
         print(json.dumps(record, ensure_ascii=False))
     else:
@@ -138,6 +141,10 @@ def _ask(options) -> None:
 
 def _seconds(clip) -> list[float | None]:
     return [None if time != time else round(float(time), 3) for time in clip.times]
+
+
+def _stretches(sound) -> list[list[float]]:
+    return [[round(first, 3), round(last, 3)] for first, last in sound.heard]
 
 
 def _chat(options) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from vllama2_jax.cli.ask import add_ask, add_chat
@@ -22,6 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _note
+        return _run(options)
+
+
+def _note(message, *where) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _run(options) -> int:
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:

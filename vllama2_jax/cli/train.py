@@ -43,9 +43,6 @@ def add_train(command) -> None:
     train.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
 
 
-_NEED_AUDIO = ("audio_pretrain", "audio_sft", "av_joint")
-
-
 def _train(options) -> int:
     _take_huge_pages()
     from vllama2_jax.configs.parse import build
@@ -54,11 +51,6 @@ def _train(options) -> int:
     names = (field for field in Shortcuts.__dataclass_fields__)
     shortcuts = Shortcuts(**{name: getattr(options, name) for name in names})
     config = build(resolve(options.config, shortcuts))
-    if config.name in _NEED_AUDIO:
-        raise ValueError(
-            f"{config.name} needs the audio branch, which this version does not have yet; "
-            "configs/ holds the recipe to be read"
-        )
     window = _window(options.profile)
     if options.dry_run:
         from vllama2_jax.train.dry_run import dry_run

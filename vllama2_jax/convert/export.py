@@ -87,8 +87,18 @@ def export_huggingface(
 
 def released_shapes(config: VLlama2Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a released checkpoint's tensors, needed or not."""
-    needed = {row.source: row.shape for row in tables.model_rows(config)}
-    return needed | tables.vision_unused(config.vision, tables.VISION_PREFIX)
+    shapes = {row.source: row.shape for row in _written_rows(config)}
+    shapes |= tables.vision_unused(config.vision, tables.VISION_PREFIX)
+    if config.audio:
+        shapes |= tables.audio_unused(config.audio, tables.AUDIO_PREFIX)
+    return shapes
+
+
+def _written_rows(config: VLlama2Config) -> list[tables.Row]:
+    aliases = ()
+    if config.audio:
+        aliases = tables.audio_aliases(config.audio, tables.AUDIO_PREFIX, "audio")
+    return [*tables.model_rows(config), *aliases]
 
 
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -110,7 +120,7 @@ def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _write_tensors(folder: Path, flat: dict, config: VLlama2Config, dtype, limit, progress) -> None:
     shapes = released_shapes(config)
-    rows = {row.source: row for row in tables.model_rows(config)}
+    rows = {row.source: row for row in _written_rows(config)}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards, weight_map = plan_shards(sizes, limit), {}
     for number, names in enumerate(shards, 1):

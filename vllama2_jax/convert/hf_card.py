@@ -18,15 +18,20 @@ from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE, MediaPreset
 from vllama2_jax.models import zoo
 from vllama2_jax.models.config import (
+    BeatsConfig,
     ConnectorConfig,
     DecoderConfig,
     ViTConfig,
+    VLlama2Config,
     config_from_dict,
     config_to_dict,
 )
 from vllama2_jax.text import Tokenizer
 
 OWN = "vllama2_jax"
+
+# The file of the tower that the audio-visual model was made of.
+_AUDIO_TOWER = "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
 
 # decoder family -> class of the original
 _ARCHITECTURES = {
@@ -47,6 +52,7 @@ class OwnFields:
       image: where it is not what the tower's type implies.
       preset: where it is not the original's.
       template: a chat template of `text/chat.py`, where the tokenizer's own is not to be used.
+      audio: sizes of the audio tower, where they are not the published.
     """
 
     name: str
@@ -54,6 +60,7 @@ class OwnFields:
     image: ImageSpec | None = None
     preset: MediaPreset | None = None
     template: str = ""
+    audio: BeatsConfig | None = None
 
     def __post_init__(self):
         if self.connector_depth is not None and self.connector_depth < 0:
@@ -82,15 +89,18 @@ def card_from_json(
             raise CheckpointError(
                 f"config.json: `{OWN}`: {error}; export the model again, with this version"
             ) from None
-    config = model_from_json(data, own.name, own.connector_depth)
-    return ModelCard(
-        config=config,
-        image=own.image or image_spec(config.vision),
-        preset=own.preset or REFERENCE,
-        generation=generation,
-        template=own.template,
-        tokenizer=tokenizer.fingerprint(),
-    )
+    config = model_from_json(data, own.name, own.connector_depth, own.audio)
+    try:
+        return ModelCard(
+            config=config,
+            image=own.image or image_spec(config.vision),
+            preset=own.preset or REFERENCE,
+            generation=generation,
+            template=own.template,
+            tokenizer=tokenizer.fingerprint(),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from None
 
 
 def card_to_json(card: ModelCard, tokenizer: Tokenizer, dtype: str) -> tuple[dict, dict]:
@@ -126,6 +136,7 @@ def card_to_json(card: ModelCard, tokenizer: Tokenizer, dtype: str) -> tuple[dic
         "tune_mm_mlp_adapter": False,  # true marks a repository of a connector alone
         "freeze_mm_mlp_adapter": False,
         "mm_projector_lr": None,
+        **_audio_json(config),
         "num_frames": config.num_frames,
         # Read by the original's first inference code; later ones pad in training alone.
         "image_aspect_ratio": "pad" if card.preset.square_pad else "square",
@@ -191,6 +202,19 @@ def _tower_json(config: ViTConfig) -> tuple[str, dict]:
     return f"{kind}-patch{config.patch_size}-{config.image_size}", {"vision_config": sizes}
 
 
+def _audio_json(config: VLlama2Config) -> dict:
+    if config.audio is None:
+        return {}
+    connector = config.audio_connector
+    return {
+        "mm_audio_tower": _AUDIO_TOWER,
+        "mm_projector_a_type": connector.kind,
+        "mm_hidden_size_a": connector.in_dim,
+        "hidden_size_a": connector.out_dim,
+        "tune_mm_mlp_adapter_a": False,
+    }
+
+
 def _own_json(card: ModelCard) -> dict:
     """`OwnFields`, only those that say something."""
     config = card.config
@@ -200,6 +224,7 @@ def _own_json(card: ModelCard) -> dict:
         image=None if card.image == image_spec(config.vision) else card.image,
         preset=None if card.preset == REFERENCE else card.preset,
         template=card.template,
+        audio=None if config.audio == zoo.BEATS_ITER3 else config.audio,
     )
     silent = {field.name: field.default for field in dataclasses.fields(OwnFields)}
     return {name: value for name, value in config_to_dict(own).items() if value != silent[name]}

@@ -14,7 +14,13 @@ from pathlib import Path
 from vllama2_jax.checkpoints import CheckpointError, GenerationDefaults
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.models import zoo
-from vllama2_jax.models.config import DecoderConfig, ViTConfig, VLlama2Config
+from vllama2_jax.models.config import (
+    AudioConnectorConfig,
+    BeatsConfig,
+    DecoderConfig,
+    ViTConfig,
+    VLlama2Config,
+)
 
 # model_type -> decoder family ("videollama2" is what early uploads of the Mistral models say)
 FAMILIES = {
@@ -46,7 +52,7 @@ _TOWERS_BY_TYPE = {
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _NEEDED = object()
 # Any of these makes a repository an audio-visual one.
-_AUDIO_FIELDS = ("mm_audio_tower", "audio_config", "mm_projector_a", "mm_projector_a_type")
+_AUDIO_FIELDS = ("mm_audio_tower", "mm_projector_a", "mm_projector_a_type")
 
 
 def read_json(path: Path) -> dict:
@@ -73,18 +79,9 @@ def is_connector_only(data: dict) -> bool:
     return bool(data.get("tune_mm_mlp_adapter", False))
 
 
-def refuse_audio(data: dict) -> None:
-    """Stop at an audio-visual repository, before its tensors turn out to be unexpected.
-
-    Raises:
-      CheckpointError: if config.json speaks of an audio tower or connector.
-    """
-    audio = [field for field in _AUDIO_FIELDS if data.get(field)]
-    if audio:
-        raise CheckpointError(
-            f"config.json: audio branch not supported yet (found `{'`, `'.join(audio)}`); "
-            "use a video checkpoint, such as VideoLLaMA2.1-7B-16F"
-        )
+def has_audio(data: dict) -> bool:
+    """Whether config.json is of an audio-visual model."""
+    return any(data.get(field) for field in _AUDIO_FIELDS)
 
 
 def tower_name(data: dict) -> str:
@@ -99,13 +96,19 @@ def tower_name(data: dict) -> str:
     return name
 
 
-def model_from_json(data: dict, name: str, connector_depth: int | None = None) -> VLlama2Config:
+def model_from_json(
+    data: dict,
+    name: str,
+    connector_depth: int | None = None,
+    audio: BeatsConfig | None = None,
+) -> VLlama2Config:
     """The network that a released config.json describes.
 
     Args:
       data: config.json.
       name: what to call it.
       connector_depth: blocks per RegStage, which no released field says; None for the published 4.
+      audio: sizes of the audio tower, which no released field says; None for the published.
 
     Raises:
       CheckpointError: for a field that is needed and absent, or has an unknown value.
@@ -113,6 +116,10 @@ def model_from_json(data: dict, name: str, connector_depth: int | None = None) -
     decoder = decoder_from_json(data)
     vision = vision_from_json(data)
     kind = data.get("mm_projector_type", "linear")
+    if has_audio(data):
+        audio = audio or zoo.BEATS_ITER3
+    elif audio:
+        raise CheckpointError("config.json: an audio tower without `mm_audio_tower`; name it there")
     try:
         return VLlama2Config(
             name=name,
@@ -125,6 +132,13 @@ def model_from_json(data: dict, name: str, connector_depth: int | None = None) -
             ),
             decoder=decoder,
             num_frames=_size(data, "num_frames", 8),
+            audio=audio,
+            audio_connector=audio
+            and AudioConnectorConfig(
+                kind=data.get("mm_projector_a_type", "linear"),
+                in_dim=_size(data, "mm_hidden_size_a", audio.width),
+                out_dim=_size(data, "hidden_size_a", decoder.width),
+            ),
         )
     except CheckpointError:
         raise

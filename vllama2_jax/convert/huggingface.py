@@ -11,9 +11,9 @@ from vllama2_jax.convert import tables
 from vllama2_jax.convert.hf_card import card_from_json
 from vllama2_jax.convert.hf_config import (
     generation_defaults,
+    has_audio,
     is_connector_only,
     read_json,
-    refuse_audio,
     tower_name,
 )
 from vllama2_jax.convert.tensors import Merged, Renamed, TorchFile, open_weights
@@ -93,11 +93,12 @@ def open_checkpoint(folder: Path):
       CheckpointError: for a part that cannot be found or trusted.
     """
     data = read_json(folder / "config.json")
-    refuse_audio(data)
     if is_connector_only(data):
         data, source, tokenizer_folder = _open_base(folder, data)
     else:
         source, tokenizer_folder = open_weights(folder), folder
+    if has_audio(data):
+        source = _with_audio(folder, source)
     tokenizer = load_tokenizer(tokenizer_folder)
     generation = generation_defaults(tokenizer_folder, data, tokenizer.eos_id)
     return source, card_from_json(data, generation, tokenizer, folder.name), tokenizer_folder
@@ -148,7 +149,7 @@ def check_names(
       shapes: of its tensors.
       config: the network.
       where: what to call the checkpoint in an error.
-      part: "vision", "connector" or "decoder" of a checkpoint that holds only that.
+      part: of `config.PARTS`, of a checkpoint that holds only that.
 
     Raises:
       CheckpointError: listing every difference.
@@ -165,7 +166,7 @@ def check_names(
 
 
 def _rows(config: VLlama2Config, part: str) -> list[tables.Row]:
-    return [row for row in tables.model_rows(config) if row.target.startswith(part)]
+    return [row for row in tables.model_rows(config) if row.target.startswith(part and f"{part}/")]
 
 
 def read_params(
@@ -193,7 +194,7 @@ def read_params(
     """
     check_names(source.shapes, config, where, part)
     shapes = flatten(abstract_params(config, scan_layers=scan_layers, split_experts=split_experts))
-    shapes = {path: leaf for path, leaf in shapes.items() if path.startswith(part)}
+    shapes = {path: leaf for path, leaf in shapes.items() if path.startswith(part and f"{part}/")}
     rows = _rows(config, part)
     by_target: dict[str, list[tuple[tuple[int, ...], tables.Row]]] = {}
     for row in rows:
@@ -217,6 +218,19 @@ def read_params(
                 progress(done, len(rows))
         params[path] = jax.device_put(buffer)
     return unflatten(params)
+
+
+def _with_audio(folder: Path, source):
+    """The source, with the original's separate files for what of the audio branch it lacks."""
+    sources = [source]
+    for prefix, file in (
+        (tables.AUDIO_PREFIX, "audio_tower.bin"),
+        (tables.AUDIO_CONNECTOR_PREFIX, "mm_projector_a.bin"),
+    ):
+        absent = not any(name.startswith(prefix) for name in source.shapes)
+        if absent and (folder / file).is_file():
+            sources.append(TorchFile(folder / file))
+    return Merged(sources) if len(sources) > 1 else source
 
 
 def _open_base(folder: Path, data: dict):

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
+from vllama2_jax.convert.beats import beats_config, open_beats
 from vllama2_jax.convert.hf_config import (
     decoder_from_json,
     generation_defaults,
@@ -40,6 +41,31 @@ def read_vision(name: str, config: VLlama2Config, dtype, progress=None) -> dict:
         open_tower(folder), config, name, dtype, scan_layers=True, part="vision", progress=progress
     )
     return params["vision"]
+
+
+def read_audio(path: str, config: VLlama2Config, dtype, progress=None) -> dict:
+    """The audio tower's parameters.
+
+    Args:
+      path: BEATs' own `.pt` file, or an `audio_tower.bin` of the original's training.
+      config: of the network that the tower is for.
+      dtype: of the parameters.
+      progress: called with (tensors read, tensors in all).
+
+    Raises:
+      CheckpointError: if the file cannot be read, or is not that network's tower.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file; name BEATs' .pt file, or audio_tower.bin")
+    source, settings = open_beats(Path(path))
+    if settings is not None:
+        # How much is heard is not the tower's to say.
+        found = dataclasses.replace(beats_config(settings, path), seconds=config.audio.seconds)
+        _check_same(path, "audio tower", found, config.audio)
+    params = read_params(
+        source, config, path, dtype, scan_layers=True, part="audio", progress=progress
+    )
+    return params["audio"]
 
 
 def read_decoder(name: str, config: VLlama2Config, dtype, progress=None) -> dict:

@@ -12,13 +12,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
+from vllama2_jax.models.config import (
+    AudioConnectorConfig,
+    BeatsConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    ViTConfig,
+    VLlama2Config,
+)
 
 LINEAR = (1, 0)  # (out, in) -> (in, out)
 CONV2D = (2, 3, 1, 0)  # (out, in, h, w) -> (h, w, in, out)
 CONV3D = (2, 3, 4, 1, 0)  # (out, in, t, h, w) -> (t, h, w, in, out)
+CONV1D = (2, 1, 0)  # (out, in / groups, taps) -> (taps, in / groups, out)
 POINTWISE = CONV2D  # a 1x1 convolution; the reshape makes it a dense kernel
 ASIS = None
+
+_AUDIO_CLASSES = 527  # of AudioSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +194,77 @@ def _bottleneck(source: str, target: str, into: int, out: int) -> Iterator[Row]:
         yield from _norm(f"{source}downsample.bn", f"{target}/shortcut_norm", out)
 
 
+def audio_rows(config: BeatsConfig, source: str, target: str) -> Iterator[Row]:
+    """BEATs. Its position biases are stored with layer 0, whose module all layers share."""
+    width, patch, embed = config.width, config.patch_size, config.patch_width
+    kernel = (embed, 1, patch, patch)
+    yield Row(f"{source}patch_embedding.weight", kernel, f"{target}/patch_embed/kernel", CONV2D)
+    if config.patch_bias:
+        yield Row(f"{source}patch_embedding.bias", (embed,), f"{target}/patch_embed/bias")
+    yield from _norm(f"{source}layer_norm", f"{target}/patch_norm", embed)
+    if embed != width:
+        yield from _linear(f"{source}post_extract_proj", f"{target}/patch_project", embed, width)
+    window, positions = config.conv_window, f"{source}encoder.pos_conv.0."
+    yield Row(f"{positions}weight_g", (1, 1, window), f"{target}/positions/scale")
+    kernel = (width, width // config.conv_groups, window)
+    yield Row(f"{positions}weight_v", kernel, f"{target}/positions/conv/kernel", CONV1D)
+    yield Row(f"{positions}bias", (width,), f"{target}/positions/conv/bias")
+    yield from _norm(f"{source}encoder.layer_norm", f"{target}/norm", width)
+    biases = (config.num_buckets, config.num_heads)
+    yield Row(f"{source}{audio_biases(0)}", biases, f"{target}/distance_bias")
+    for layer in range(config.num_layers):
+        block, ours, at = f"{source}encoder.layers.{layer}.", f"{target}/blocks", (layer,)
+        attention = f"{block}self_attn."
+        for theirs, name in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+            path = f"{ours}/attention/{name}"
+            yield from _linear(f"{attention}{theirs}_proj", path, width, width, at)
+        path, head = f"{ours}/attention/gate", config.head_dim
+        yield from _linear(f"{attention}grep_linear", path, head, 8, at)
+        scale = (1, config.num_heads, 1, 1)
+        yield Row(f"{attention}grep_a", scale, f"{ours}/attention/gate_scale", index=at)
+        yield from _norm(f"{block}self_attn_layer_norm", f"{ours}/norm1", width, at)
+        yield from _linear(f"{block}fc1", f"{ours}/fc1", width, config.mlp_dim, at)
+        yield from _linear(f"{block}fc2", f"{ours}/fc2", config.mlp_dim, width, at)
+        yield from _norm(f"{block}final_layer_norm", f"{ours}/norm2", width, at)
+
+
+def audio_aliases(config: BeatsConfig, source: str, target: str) -> Iterator[Row]:
+    """What repeats the position biases of layer 0.
+
+    The original's layers share one tensor, and whichever name is read last decides, so an export
+    writes it under all names.
+    """
+    shape = (config.num_buckets, config.num_heads)
+    for layer in range(1, config.num_layers):
+        yield Row(f"{source}{audio_biases(layer)}", shape, f"{target}/distance_bias")
+
+
+def audio_unused(config: BeatsConfig, source: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the classifier that a fine-tuned tower brings along."""
+    rows = _linear(f"{source}predictor", "", config.width, _AUDIO_CLASSES)
+    return {row.source: row.shape for row in rows}
+
+
+def audio_biases(layer: int) -> str:
+    """The tensor of a layer's position biases; those behind layer 0 repeat it, or are left out."""
+    return f"encoder.layers.{layer}.self_attn.relative_attention_bias.weight"
+
+
+def audio_ignored(config: BeatsConfig, source: str) -> tuple[str, ...]:
+    """Prefixes of an audio tower's tensors on which its last hidden state does not depend."""
+    aliases = (f"{source}{audio_biases(layer)}" for layer in range(1, config.num_layers))
+    return (*aliases, f"{source}predictor.")
+
+
+def audio_connector_rows(config: AudioConnectorConfig, source: str, target: str) -> Iterator[Row]:
+    """The audio connector."""
+    wide = config.in_dim
+    for layer in range(config.depth):
+        name = f"{source}{2 * layer}" if config.depth > 1 else source.removesuffix(".")
+        yield from _linear(name, f"{target}/layer_{layer}", wide, config.out_dim)
+        wide = config.out_dim
+
+
 def decoder_rows(config: DecoderConfig, source: str, target: str) -> Iterator[Row]:
     """A Mistral, Mixtral, Qwen2 or Llama language model; `source` stands in front of `model.`."""
     width, vocab = config.width, config.vocab_size
@@ -236,15 +317,22 @@ def _decoder_layer(config: DecoderConfig, source: str, target: str, at) -> Itera
 # Where the parts stand in a released checkpoint (the doubled name of the tower is right).
 VISION_PREFIX = "model.vision_tower.vision_tower.vision_model."
 CONNECTOR_PREFIX = "model.mm_projector."
+AUDIO_PREFIX = "model.audio_tower."
+AUDIO_CONNECTOR_PREFIX = "model.mm_projector_a."
 
 
 def model_rows(config: VLlama2Config) -> list[Row]:
-    """Every tensor of a released video checkpoint that is used."""
-    return [
+    """Every tensor of a released checkpoint that is used."""
+    rows = [
         *vision_rows(config.vision, VISION_PREFIX, "vision"),
         *connector_rows(config.connector, CONNECTOR_PREFIX, "connector"),
-        *decoder_rows(config.decoder, "", "decoder"),
     ]
+    if config.audio:
+        rows += audio_rows(config.audio, AUDIO_PREFIX, "audio")
+        rows += audio_connector_rows(
+            config.audio_connector, AUDIO_CONNECTOR_PREFIX, "audio_connector"
+        )
+    return rows + list(decoder_rows(config.decoder, "", "decoder"))
 
 
 def model_ignored(config: VLlama2Config) -> tuple[str, ...]:
@@ -253,4 +341,5 @@ def model_ignored(config: VLlama2Config) -> tuple[str, ...]:
         f"model.layers.{layer}.self_attn.rotary_emb." for layer in range(config.decoder.num_layers)
     )
     tied = ("lm_head.weight",) if config.decoder.tie_embeddings else ()
-    return (*vision_ignored(config.vision, VISION_PREFIX), *rotary, *tied)
+    audio = audio_ignored(config.audio, AUDIO_PREFIX) if config.audio else ()
+    return (*vision_ignored(config.vision, VISION_PREFIX), *audio, *rotary, *tied)

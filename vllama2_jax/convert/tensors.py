@@ -47,8 +47,13 @@ class SafetensorsFile:
 class TorchFile:
     """One `.bin` or `.pt` state dict, read with `weights_only=True` (nothing in it can run)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, nested: str = ""):
         """Read the dict of `path` (its tensors are mapped, not copied, where torch can).
+
+        Args:
+          path: the file.
+          nested: a key; where the file has it, the tensors lie there, and what stands around them
+            is kept as `beside`.
 
         Raises:
           CheckpointError: if it is anything but a flat dict of tensors.
@@ -75,6 +80,10 @@ class TorchFile:
                 f"{path}: expected a dict of tensors, found {type(state).__name__}; "
                 "save the module's state_dict() itself"
             )
+        self.beside = {}
+        if nested and isinstance(state.get(nested), dict):
+            self.beside = {name: value for name, value in state.items() if name != nested}
+            state = state[nested]
         strange = [
             f"{name} ({type(value).__name__})"
             for name, value in state.items()

@@ -29,7 +29,12 @@ Bar = Callable[..., contextlib.AbstractContextManager[Callable[[int, int], None]
 # Frames are decoded to see that they can be, not to be looked at.
 _SPEC = ImageSpec(16, "stretch", (0.5,) * 3, (0.5,) * 3)
 # What a probe may find where a record says `image` or `video`. A GIF can be either.
-_FITTING = {"image": ("image", "gif"), "video": ("video", "gif", "folder")}
+_FITTING = {
+    "image": ("image", "gif"),
+    "video": ("video", "gif", "folder"),
+    "audio": ("audio", "video"),
+    "av": ("video", "gif", "folder"),
+}
 
 
 @contextlib.contextmanager
@@ -176,18 +181,32 @@ class _Prober:
             self._decoders.append(self._own.decoder)
         ask = self._own.decoder.ask
         reading = {"spec": dataclasses.asdict(_SPEC), "preset": dataclasses.asdict(PAPER)}
-        with local_media(self._source, number, media, self._root) as place:
+        with local_media(self._source, number, media, self._root) as places:
+            if media.sound is not None:
+                self._probe(ask, media.track(places), "audio")
+            place = media.pictures(places)
             if not isinstance(place, str):
                 ask("stills", place, self._limits, **reading)
                 return None
-            info = MediaInfo(**ask("probe", [place], self._limits)[0])
-            if info.kind not in _FITTING[media.kind]:
-                other = "image" if info.kind == "image" else "video"
-                cause = f"is of kind {info.kind}, not {media.kind}"
-                raise MediaError(place, cause, f"name it under the key `{other}`")
+            info = self._probe(ask, place, media.kind)
             if info.seconds is None or (media.start is None and media.end is None):
                 return info.seconds
-            part = {"num_frames": 1, "start": media.start, "end": media.end}
-            ask("clip", [place], self._limits, **reading, **part)
+            if media.seen:
+                part = {"num_frames": 1, "start": media.start, "end": media.end}
+                ask("clip", [place], self._limits, **reading, **part)
             first, last = max(media.start or 0.0, 0.0), info.seconds
+            if first >= last:
+                raise MediaError(
+                    place, f"ends at {last:.2f} s, before its part begins", "mend `start`"
+                )
             return max(min(last if media.end is None else media.end, last) - first, 0.0)
+
+    def _probe(self, ask, place: str, kind: str) -> MediaInfo:
+        info = MediaInfo(**ask("probe", [place], self._limits)[0])
+        if info.kind not in _FITTING[kind]:
+            other = info.kind if info.kind in ("image", "audio") else "video"
+            cause = f"is of kind {info.kind}, not {kind}"
+            raise MediaError(place, cause, f"name it under the key `{other}`")
+        if kind == "audio" and not info.has_audio:
+            raise MediaError(place, "has no sound track", "leave the record out")
+        return info

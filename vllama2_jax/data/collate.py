@@ -1,10 +1,11 @@
 """Examples and clips -> the arrays of a batch, in NumPy."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from vllama2_jax.media import Clip
+from vllama2_jax.media import NUM_BINS, Clip
 from vllama2_jax.text import Supervised
 
 NOTHING = Supervised(
@@ -12,19 +13,42 @@ NOTHING = Supervised(
 )
 
 
+class Part(NamedTuple):
+    """What a record gives to its row.
+
+    Attributes:
+      example: its ids.
+      seen, heard: whether slots of the example are for a clip, and for a sound behind it.
+      clip: None where it could not be read.
+      bank: of the sound, float32 [frames, 128]; None where it could not be read.
+    """
+
+    example: Supervised
+    seen: bool = False
+    heard: bool = False
+    clip: Clip | None = None
+    bank: np.ndarray | None = None
+
+
 def pack_rows(
-    rows: Sequence[Sequence[Supervised]], length: int, media_tokens: int
+    rows: Sequence[Sequence[Part]],
+    length: int,
+    max_clips: int,
+    media_tokens: int,
+    sound_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
     """The text arrays of a `Batch`: each row's examples one after the other.
 
     Segments count from 1 in the order of the examples (one without tokens keeps its number), and
-    positions restart with each. The media of a row take its clip slots from left to right, so that
-    `media_index` of the second begins at `media_tokens`.
+    positions restart with each. The media of a row take its slots for clips and for sounds from
+    left to right. `media_index` counts the tokens of all slots for clips, then those for sounds.
 
     Args:
-      rows: examples of each row; one without any is padding.
+      rows: of each row what its records give; one without any is padding.
       length: slots of a row.
+      max_clips: of a row.
       media_tokens: slots of a clip.
+      sound_tokens: slots of a sound.
 
     Returns:
       "tokens", "positions", "segment_ids", "media_index" and "targets", int32 [B, length], and
@@ -38,32 +62,33 @@ def pack_rows(
     out = {name: np.zeros(shape, np.int32) for name in names}
     out["media_index"] = np.full(shape, -1, np.int32)
     out["target_weights"] = np.zeros(shape, np.float32)
-    for i, examples in enumerate(rows):
-        needed = sum(len(example.tokens) for example in examples)
+    for i, parts in enumerate(rows):
+        needed = sum(len(part.example.tokens) for part in parts)
         if needed > length:
             raise ValueError(f"examples of {needed} tokens do not fit a row of {length}")
-        begin = clips = 0
-        for segment, example in enumerate(examples, start=1):
+        begin = clips = sounds = 0
+        for segment, (example, seen, heard, *_) in enumerate(parts, start=1):
             end = begin + len(example.tokens)
             for name in ("tokens", "targets", "target_weights"):
                 out[name][i, begin:end] = getattr(example, name)
             out["positions"][i, begin:end] = np.arange(end - begin)
             out["segment_ids"][i, begin:end] = segment
-            is_media = example.media_index >= 0
-            offset = clips * media_tokens
-            out["media_index"][i, begin:end] = np.where(is_media, example.media_index + offset, -1)
-            clips += bool(is_media.any())
-            begin = end
+            # The example counts its own: a clip's tokens, then those of a sound.
+            index, of_clip = example.media_index, seen * media_tokens
+            of_sound = max_clips * media_tokens + sounds * sound_tokens - of_clip
+            offset = np.where(index < of_clip, clips * media_tokens, of_sound)
+            out["media_index"][i, begin:end] = np.where(index >= 0, index + offset, -1)
+            clips, sounds, begin = clips + seen, sounds + heard, end
     return out
 
 
 def pack_clips(
-    rows: Sequence[Sequence[Clip | None]], max_clips: int, num_frames: int, size: int
+    rows: Sequence[Sequence[Part]], max_clips: int, num_frames: int, size: int
 ) -> dict[str, np.ndarray]:
-    """The media arrays of a `Batch`.
+    """The arrays of a `Batch` that hold pictures.
 
     Args:
-      rows: the clips of each row's slots; None is one that could not be read.
+      rows: of each row what its records give.
       max_clips: clip slots of a row (K).
       num_frames: time steps of a clip (T).
       size: pixels of a frame's side (S).
@@ -78,7 +103,8 @@ def pack_clips(
     frames = np.zeros((len(rows), max_clips * num_frames, size, size, 3), np.uint8)
     clip_frames = np.zeros((len(rows), max_clips, num_frames), np.int32)
     clip_mask = np.zeros((len(rows), max_clips), bool)
-    for i, clips in enumerate(rows):
+    for i, parts in enumerate(rows):
+        clips = [part.clip for part in parts if part.seen]
         if len(clips) > max_clips:
             raise ValueError(f"a row has {len(clips)} clips and {max_clips} slots for them")
         for slot, clip in enumerate(clips):
@@ -89,3 +115,31 @@ def pack_clips(
             clip_frames[i, slot] = begin + clip.frame_index
             clip_mask[i, slot] = True
     return {"frames": frames, "clip_frames": clip_frames, "clip_mask": clip_mask}
+
+
+def pack_sounds(
+    rows: Sequence[Sequence[Part]], max_sounds: int, num_frames: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a `Batch` that hold sound.
+
+    Args:
+      rows: of each row what its records give.
+      max_sounds: slots of a row for sounds (A).
+      num_frames: of a filter bank.
+
+    Returns:
+      "audio" float32 [B, A, num_frames, 128] and "audio_mask" bool [B, A].
+
+    Raises:
+      ValueError: if a row has more sounds than slots.
+    """
+    audio = np.zeros((len(rows), max_sounds, num_frames, NUM_BINS), np.float32)
+    audio_mask = np.zeros((len(rows), max_sounds), bool)
+    for i, parts in enumerate(rows):
+        banks = [part.bank for part in parts if part.heard]
+        if len(banks) > max_sounds:
+            raise ValueError(f"a row has {len(banks)} sounds and {max_sounds} slots for them")
+        for slot, bank in enumerate(banks):
+            if bank is not None:
+                audio[i, slot], audio_mask[i, slot] = bank, True
+    return {"audio": audio, "audio_mask": audio_mask}

@@ -46,6 +46,7 @@ class RecordFormat:
       style: "sft", a conversation whose answers are supervised; or a caption of connector
         pre-training, "plain" (`text.plain_example`) or "audio_plain" (`text.audio_plain_example`).
       media_tokens: slots of a clip.
+      sound_tokens: slots of a sound; 0 for a model that does not hear.
       max_tokens: ids are cut there, a placeholder counting as one (the original's
         `model_max_length`), so that a row with a clip may be longer by its slots.
       max_length: slots of the longest row; ids are also cut where they would not fit it.
@@ -57,32 +58,39 @@ class RecordFormat:
     media_tokens: int
     max_tokens: int
     max_length: int
+    sound_tokens: int = 0
 
     def __post_init__(self):
         if self.style not in STYLES:
             raise ValueError(f"unknown style {self.style!r}; known: {', '.join(STYLES)}")
-        if self.limit(1) < 2:
+        if min(self.limit(1, 0), self.limit(0, 1)) < 2:
+            sound = f" or a sound of {self.sound_tokens}" if self.sound_tokens else ""
             raise ValueError(
                 f"rows of {self.max_length} slots leave no room for text beside a clip of "
-                f"{self.media_tokens}; raise max_length"
+                f"{self.media_tokens}{sound}; raise max_length"
             )
 
-    def limit(self, clips: int) -> int:
-        """How many ids a record with so many media (0 or 1) may have."""
-        return min(self.max_tokens, self.max_length - clips * (self.media_tokens - 1))
+    def _beside(self, clips, sounds):
+        """Slots that media take in place of their placeholder, less that one."""
+        return clips * self.media_tokens + sounds * self.sound_tokens - (clips | sounds)
 
-    def slots(self, text_tokens, clips) -> np.ndarray:
+    def limit(self, clips: int, sounds: int) -> int:
+        """How many ids a record with so many clips and sounds (0 or 1 of each) may have."""
+        return min(self.max_tokens, self.max_length - self._beside(clips, sounds))
+
+    def slots(self, text_tokens, clips, sounds=0) -> np.ndarray:
         """Slots int64 [n] that records take, as `supervised` makes them.
 
         Args:
           text_tokens: int [n], ids without the placeholder, before anything is cut; below 0 is a
             record that makes no example (one in quarantine is left out, see `Subset`).
-          clips: int [n], media of each, 0 or 1.
+          clips, sounds: int [n], of each, 0 or 1; both share one placeholder.
         """
-        clips = np.asarray(clips, np.int64)
-        ids = np.maximum(np.asarray(text_tokens, np.int64), 0) + clips
-        limits = np.where(clips > 0, self.limit(1), self.limit(0))
-        return np.maximum(np.minimum(ids, limits), 1) + clips * (self.media_tokens - 1)
+        clips, sounds = np.asarray(clips, np.int64), np.asarray(sounds, np.int64)
+        beside = self._beside(clips, sounds)
+        ids = np.maximum(np.asarray(text_tokens, np.int64), 0) + (clips | sounds)
+        limits = np.minimum(self.max_tokens, self.max_length - beside)
+        return np.maximum(np.minimum(ids, limits), 1) + beside
 
     def text_tokens(self, record: Record) -> int:
         """Ids of the record's text, its placeholder not counted, before anything is cut.
@@ -117,10 +125,19 @@ class RecordFormat:
           ValueError: if the record makes no example, its placeholders and media do not pair up, or
             the cut would lose its media or all that it teaches.
         """
-        clips = 0 if record.media is None else 1
-        example = truncate(self.example(record), self.limit(clips))
+        media = record.media
+        clips, sounds = (0, 0) if media is None else (int(media.seen), int(media.heard))
+        if sounds and not self.sound_tokens:
+            raise ValueError("the record has sound, and the model does not hear")
+        limit = self.limit(clips, sounds)
+        if limit < 2:
+            raise ValueError(
+                f"rows of {self.max_length} slots have no room for a clip, its sound and text"
+            )
+        example = truncate(self.example(record), limit)
+        slots = clips * self.media_tokens + sounds * self.sound_tokens
         # A list, since one number would let any number of placeholders pass.
-        return supervise(example, [self.media_tokens] * clips)
+        return supervise(example, [slots] if slots else [])
 
 
 class Subset:

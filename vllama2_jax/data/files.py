@@ -49,8 +49,8 @@ def _with_client(path: str, ask):
 @contextlib.contextmanager
 def local_media(
     source, number: int, media: Media, media_root: str | os.PathLike
-) -> Iterator[str | list[str]]:
-    """Media of a record as `media.load_clip` takes them: a local path, or a list of them.
+) -> Iterator[list[str]]:
+    """Local paths of a record's media, in the order of `Media.paths`.
 
     What lies in the source or in a bucket is put into temporary files, gone afterwards; errors
     about them name the file as the record does.
@@ -68,8 +68,7 @@ def local_media(
     """
     held, root = source.media_bytes(number), os.fspath(media_root)
     if held is None and not is_remote(root):
-        places = [os.path.join(root, path) for path in media.paths]
-        yield places[0] if isinstance(media.source, str) else places
+        yield [os.path.join(root, path) for path in media.paths]
         return
     given = [p if held is not None else f"{root.rstrip('/')}/{p}" for p in media.paths]
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +82,7 @@ def local_media(
             with open(places[path], "wb") as file:
                 file.write(read_bytes(path) if held is None else held[i])
         try:
-            yield places[given[0]] if isinstance(media.source, str) else [places[p] for p in given]
+            yield [places[path] for path in given]
         except MediaError as error:
             names = {place: path for path, place in places.items()}
             if error.path not in names:

@@ -23,8 +23,8 @@ from vllama2_jax.data.files import read_bytes
 from vllama2_jax.data.records import RecordError
 from vllama2_jax.data.sources import Source
 
-_VERSION = 1  # of the file, and of how records are counted
-_ARRAYS = ("text_tokens", "clips", "datasets")
+_VERSION = 2  # of the file, and of how records are counted
+_ARRAYS = ("text_tokens", "clips", "sounds", "datasets")
 
 Progress = Callable[[int, int], None]
 
@@ -36,13 +36,14 @@ class Index:
     Attributes:
       text_tokens: int32 [n], ids without the placeholder, before anything is cut, for
         `RecordFormat.slots`; -1 where a record makes no example.
-      clips: int32 [n], media of each, 0 or 1.
+      clips, sounds: int32 [n], of each record, 0 or 1.
       datasets: int32 [n], into `dataset_names`; -1 where the record cannot be read.
       dataset_names: distinct, in the order in which records name them.
     """
 
     text_tokens: np.ndarray
     clips: np.ndarray
+    sounds: np.ndarray
     datasets: np.ndarray
     dataset_names: tuple[str, ...]
 
@@ -78,7 +79,7 @@ def build_index(
       ValueError: if the source fails as a whole.
     """
     arrays = {name: np.full(len(source), -1, np.int32) for name in _ARRAYS}
-    arrays["clips"][:] = 0
+    arrays["clips"][:] = arrays["sounds"][:] = 0
     codes: dict[str, int] = {}
     for number in range(len(source)):
         known = -1 if counted is None else counted[number]
@@ -94,7 +95,9 @@ def build_index(
             except ValueError:
                 tokens = -1
             arrays["text_tokens"][number] = tokens
-            arrays["clips"][number] = tokens >= 0 and record.media is not None
+            if tokens >= 0 and record.media is not None:
+                arrays["clips"][number] = record.media.seen
+                arrays["sounds"][number] = record.media.heard
         if progress:
             progress(number + 1, len(source))
     return Index(**arrays, dataset_names=tuple(codes))

@@ -71,7 +71,6 @@ def _add_media(source, number, record: Record, media_root, writer: "PackWriter")
     """Add a record's files, but for those that are there."""
     if not all(path in writer.places for path in record.media.paths):
         with local_media(source, number, record.media, media_root) as found:
-            found = [found] if isinstance(found, str) else found
             for path, place in zip(record.media.paths, found, strict=True):
                 if path not in writer.places:
                     writer.add_media(path, _content(place))

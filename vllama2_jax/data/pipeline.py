@@ -110,19 +110,21 @@ class Feed:
             of this process.
 
         Raises:
-          ValueError: if the hosts cannot share the rows of a step equally, or the assembler's clip
-            slots are not the schedule's.
+          ValueError: if the hosts cannot share the rows of a step equally, or the assembler's
+            slots for clips and sounds are not the schedule's.
         """
         if schedule.rows % assembler.hosts:
             raise ValueError(
                 f"{schedule.rows} rows do not divide among {assembler.hosts} hosts; "
                 "make the batch a multiple of them"
             )
-        if schedule.max_clips != assembler.max_clips:
-            raise ValueError(
-                f"the schedule plans {schedule.max_clips} clips per row, the assembler has slots "
-                f"for {assembler.max_clips}; give both the same"
-            )
+        for name in ("max_clips", "max_sounds"):
+            planned, held = getattr(schedule, name), getattr(assembler, name)
+            if planned != held:
+                raise ValueError(
+                    f"{name}: the schedule plans {planned} per row, the assembler has slots for "
+                    f"{held}; give both the same"
+                )
         self._schedule, self.assembler = schedule, assembler
         self._workers, self._buffer, self._max_faults = workers, buffer, max_faults
         self.faults: dict[tuple[int, int], Fault] = {}
@@ -146,8 +148,8 @@ class Feed:
         if start == len(self):
             return
         maker = self.assembler
-        frames = self._schedule.rows // maker.hosts * maker.max_clips * maker.num_frames
-        how = (self._workers, self._buffer, frames * 3 * maker.image_size**2)
+        rows = self._schedule.rows // maker.hosts
+        how = (self._workers, self._buffer, rows * maker.media_bytes)
         steps = grain.MapDataset.source(self._schedule)[start:].map(maker)
         with contextlib.closing(read_ahead(steps, *how)) as iterator:
             for batch in iterator:

@@ -5,14 +5,14 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllama2_jax.text import PLACEHOLDERS, TemplateError, messages_from_llava, place_media_tag
 from vllama2_jax.text.chat import Message
 
-MEDIA_KINDS = ("image", "video")
+MEDIA_KINDS = ("image", "video", "audio")
 KNOWN_KEYS = ("id", *MEDIA_KINDS, "start", "end", "kind", "dataset", "conversations")
-_NOT_YET = ("audio",)
 # A key that is so much like a known one is that one misspelt; any other is somebody else's note.
 _MISSPELT = 0.8
 
@@ -42,21 +42,57 @@ class Media:
     """What a conversation is about.
 
     Attributes:
-      kind: one of `MEDIA_KINDS`.
+      kind: one of `MEDIA_KINDS`, or "av", a video with its sound.
       source: path relative to the media root; of a video, a tuple of paths of its frames as well,
         which are used as they are, without sampling.
-      start, end: seconds of a video's part; None is the file's own start or end.
+      start, end: seconds of a video's or a sound's part; None is the file's own start or end.
+      sound: path of the sound of "av"; None is the video's own track.
     """
 
     kind: str
     source: str | tuple[str, ...]
     start: float | None = None
     end: float | None = None
+    sound: str | None = None
+
+    @property
+    def seen(self) -> bool:
+        """Whether there are pictures."""
+        return self.kind != "audio"
+
+    @property
+    def heard(self) -> bool:
+        """Whether there is sound."""
+        return self.kind in ("audio", "av")
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for the media in a question; pictures and sound share one place."""
+        return "<video>" if self.kind == "av" else f"<{self.kind}>"
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The files, one or a frame list's."""
-        return (self.source,) if isinstance(self.source, str) else self.source
+        """The files: one or a frame list's, and that of a sound of its own."""
+        source = (self.source,) if isinstance(self.source, str) else self.source
+        return source if self.sound is None else (*source, self.sound)
+
+    def pictures(self, places: Sequence[str]) -> str | list[str]:
+        """What of the files' places `media.load_clip` takes."""
+        if isinstance(self.source, str):
+            return places[0]
+        return list(places[: len(self.source)])
+
+    def track(self, places: Sequence[str]) -> str:
+        """Which of the files' places `media.load_sound` takes."""
+        return places[0] if self.sound is None else places[-1]
+
+    def to_json(self) -> dict:
+        """The keys of a record that name it, those without a value as None."""
+        source = self.source if isinstance(self.source, str) else list(self.source)
+        named = {self.kind: source}
+        if self.kind == "av":
+            named = {"video": source, "audio": self.sound or True}
+        return named | {"start": self.start, "end": self.end}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +119,11 @@ class Record:
         for question, answer in self.turns:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
-        return place_media_tag(messages, f"<{self.media.kind}>") if self.media else messages
+        return place_media_tag(messages, self.media.placeholder) if self.media else messages
 
     def to_json(self) -> dict:
         """The record as LLaVA-style JSON holds it."""
-        data = {"id": self.id}
-        if self.media:
-            source = self.media.source
-            data[self.media.kind] = source if isinstance(source, str) else list(source)
-            data |= {"start": self.media.start, "end": self.media.end}
+        data = {"id": self.id} | (self.media.to_json() if self.media else {})
         data |= {"kind": self.kind, "dataset": self.dataset}
         conversations = []
         for question, answer in self.turns:
@@ -154,8 +186,6 @@ def _parse(data: dict, id: str) -> Record:
 
 
 def _check_key(name: str):
-    if name in _NOT_YET:
-        raise ValueError(f"`{name}` is not supported yet; media are {' or '.join(MEDIA_KINDS)}")
     if name not in KNOWN_KEYS:
         meant = difflib.get_close_matches(name, KNOWN_KEYS, 1, _MISSPELT)
         if meant:
@@ -163,14 +193,20 @@ def _check_key(name: str):
 
 
 def _media(data: dict) -> Media | None:
-    kinds = [name for name in MEDIA_KINDS if data.get(name) is not None]
+    kinds = [name for name in MEDIA_KINDS if data.get(name) not in (None, False)]
+    sound = data["audio"] if kinds == ["video", "audio"] else None
+    if sound is not None:
+        kinds = ["video"]
     if len(kinds) > 1:
-        raise ValueError(f"holds {' and '.join(kinds)}; a record is about one of them")
+        raise ValueError(
+            f"holds {' and '.join(kinds)}; a record is about one of them, or a video and its audio"
+        )
     start, end = (_seconds(name, data.get(name)) for name in ("start", "end"))
     kind = kinds[0] if kinds else None
     source = data[kind] if kind else None
-    if (start is not None or end is not None) and not (kind == "video" and isinstance(source, str)):
-        raise ValueError("`start` and `end` are for a video that is one file")
+    timed = kind in ("video", "audio") and isinstance(source, str)
+    if (start is not None or end is not None) and not timed:
+        raise ValueError("`start` and `end` are for a video or a sound that is one file")
     if (start or 0.0) < 0 or (end is not None and end <= (start or 0.0)):
         raise ValueError(
             f"`start` {start} must not be negative, and `end` {end} must lie behind it"
@@ -184,7 +220,13 @@ def _media(data: dict) -> Media | None:
     elif not isinstance(source, str) or not source:
         frames = " or a list of paths of its frames" if kind == "video" else ""
         raise ValueError(f"`{kind}` must be a path{frames}")
-    return Media(kind, source, start, end)
+    if sound is None:
+        return Media(kind, source, start, end)
+    if sound is True and not isinstance(source, str):
+        raise ValueError("a list of frames has no sound; let `audio` name its file")
+    if sound is not True and not (isinstance(sound, str) and sound):
+        raise ValueError("`audio` beside a video must be a path, or true for the video's own sound")
+    return Media("av", source, start, end, None if sound in (True, source) else sound)
 
 
 def _seconds(name: str, value) -> float | None:
@@ -201,7 +243,7 @@ def _check_placeholders(turns, media: Media | None):
     A placeholder becomes slots for media tokens wherever it stands, so one too many or too few
     cannot be trained on. (In the original, a record whose question lacks it is trained blind.)
     """
-    own = f"<{media.kind}>" if media else None
+    own = media.placeholder if media else None
     holders = 0
     for question, answer in turns:
         for tag in PLACEHOLDERS:

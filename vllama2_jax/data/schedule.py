@@ -36,10 +36,12 @@ class Schedule:
         mixture: Mixture,
         lengths: Sequence[np.ndarray],
         clips: Sequence[np.ndarray],
+        sounds: Sequence[np.ndarray] | None = None,
         *,
         rows: int,
         max_length: int,
         max_clips: int,
+        max_sounds: int = 0,
         packing: bool,
         buckets: Sequence[int],
         epochs: int | None = None,
@@ -50,8 +52,8 @@ class Schedule:
 
         Args:
           mixture: the stream of records; its seed also decides the plans.
-          lengths, clips: of each source's records, see `plan_window`.
-          rows, max_length, max_clips, packing, buckets: see `plan_window`.
+          lengths, clips, sounds: of each source's records, see `plan_window`.
+          rows, max_length, max_clips, max_sounds, packing, buckets: see `plan_window`.
           epochs: how often to read a mixture that has an end.
           num_steps: how many steps to take, instead.
           window: positions of the stream that are planned together.
@@ -66,7 +68,9 @@ class Schedule:
                 f"epochs {epochs}, num_steps {num_steps} and window {window} must be at least 1"
             )
         sizes = tuple(len(array) for array in lengths)
-        if sizes != mixture.sizes or sizes != tuple(len(array) for array in clips):
+        sounds = [np.zeros_like(of) for of in clips] if sounds is None else sounds
+        known = [tuple(len(array) for array in of) for of in (clips, sounds)]
+        if sizes != mixture.sizes or known != [sizes, sizes]:
             raise ValueError(
                 f"the length index covers {sizes} records, the mixture's sources hold "
                 f"{mixture.sizes}; build the index anew"
@@ -74,11 +78,13 @@ class Schedule:
         self._mixture = mixture
         # One array for all sources, so that a window is one gather.
         self._begins = np.cumsum((0, *sizes[:-1]))
-        self._lengths, self._clips = np.concatenate(lengths), np.concatenate(clips)
+        arrays = (lengths, clips, sounds)
+        self._lengths, self._clips, self._sounds = map(np.concatenate, arrays)
         self._how = dict(
             rows=rows,
             max_length=max_length,
             max_clips=max_clips,
+            max_sounds=max_sounds,
             packing=packing,
             buckets=tuple(buckets),
             seed=mixture.seed,
@@ -86,7 +92,7 @@ class Schedule:
         self._window = window
         self._end = None if epochs is None else epochs * len(mixture)
         self._cached: tuple[int, tuple, np.ndarray, np.ndarray] | None = None
-        self.rows, self.max_clips = rows, max_clips
+        self.rows, self.max_clips, self.max_sounds = rows, max_clips, max_sounds
         # The first step of each window, and the number of all steps behind them.
         self._first_steps = self._count(num_steps)
         self._num_steps = num_steps or int(self._first_steps[-1])
@@ -128,9 +134,8 @@ class Schedule:
             )
             sources, records = self._mixture.locate(np.arange(begin, end))
             places = self._begins[sources] + records
-            plans = plan_window(
-                self._lengths[places], self._clips[places], window=window, **self._how
-            )
+            arrays = (of[places] for of in (self._lengths, self._clips, self._sounds))
+            plans = plan_window(*arrays, window=window, **self._how)
             # One assignment, so that threads never see half of it.
             cached = self._cached = (window, plans, sources, records)
         return cached[1:]

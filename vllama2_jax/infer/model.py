@@ -1,19 +1,17 @@
 """The model as its users know it: media and words in, words out."""
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.infer.generate import Decoding, Generator, Request
+from vllama2_jax.infer.media import EncodedMedia, encode_media
 from vllama2_jax.infer.programs import Programs
 from vllama2_jax.infer.sampling import Sampling
 from vllama2_jax.infer.session import Session
-from vllama2_jax.media import Clip, Limits, load_clip
+from vllama2_jax.media import Limits
 from vllama2_jax.text import (
     Spliced,
     choose_template,
@@ -27,22 +25,6 @@ from vllama2_jax.text import (
 _TOP_P = 0.9
 _MAX_NEW_TOKENS = 2048
 _BATCH_ROWS = 8
-MODALITIES = ("auto", "video", "image", "text")
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedMedia:
-    """Media that went through tower and connector.
-
-    Attributes:
-      modality: "video", "image" or "text" (no media).
-      tokens: [media_tokens, width], what the decoder sees; None for text.
-      clip: the frames that the tower looked at; None for text.
-    """
-
-    modality: str
-    tokens: jax.Array | None = None
-    clip: Clip | None = None
 
 
 class Model:
@@ -86,13 +68,14 @@ class Model:
         repetition_penalty: float | None = None,
         seed: int = 0,
     ) -> str:
-        """Answer a question about a video, an image, or nothing but the question itself.
+        """Answer a question about a video, an image, sound, or nothing but the question itself.
 
         Args:
-          media: a path (video, image, folder of frames), an image (PIL or uint8 [H, W, 3]), frames
-            (uint8 [T, H, W, 3], or a list of images or paths; used as given), or None.
+          media: a path (video, image, sound, folder of frames), an image (PIL or uint8 [H, W, 3]),
+            frames (uint8 [T, H, W, 3], or a list of images or paths; used as given), or None.
           question: what to ask.
-          modality: "auto", or "video" / "image" / "text" to insist.
+          modality: "auto", or "video" / "image" / "audio" / "av" (pictures and sound) / "text" to
+            insist. A model that hears takes videos with their sound.
           start, end: seconds of the clip.
           num_frames: how many to look at; the checkpoint's own number by default.
           max_new_tokens: at most so many (2,048 by default).
@@ -100,7 +83,8 @@ class Model:
           top_p, top_k: filters of sampling; by default 0.9, which the original passes whatever the
             checkpoint says, and the checkpoint's own k.
           repetition_penalty: the checkpoint's own by default.
-          seed: of sampling.
+          seed: of sampling, and of the stretch that is heard of sound longer than the model takes,
+            where the preset chooses it at random.
 
         Returns:
           the answer, without special tokens and surrounding space.
@@ -110,7 +94,7 @@ class Model:
           ValueError: for options that make no sense.
         """
         run = self._ask(
-            self.read_media(media, modality, start, end, num_frames),
+            self.read_media(media, modality, start, end, num_frames, seed),
             question,
             max_new_tokens,
             self.sampling(temperature, top_p, top_k, repetition_penalty, seed),
@@ -137,7 +121,7 @@ class Model:
         Media are read, and bad input is refused, before this returns.
         """
         run = self._ask(
-            self.read_media(media, modality, start, end, num_frames),
+            self.read_media(media, modality, start, end, num_frames, seed),
             question,
             max_new_tokens,
             self.sampling(temperature, top_p, top_k, repetition_penalty, seed),
@@ -224,41 +208,30 @@ class Model:
         """float32 [media_tokens, width]: what the decoder sees of the media."""
         tokens = self.read_media(media, **media_options).tokens
         if tokens is None:
-            raise ValueError("there is no media to encode; give a video or an image")
+            raise ValueError("there is no media to encode; give a video, an image or sound")
         return np.asarray(tokens, np.float32)
 
     # The steps in between.
 
     def read_media(
-        self, media, modality="auto", start=None, end=None, num_frames=None
+        self, media, modality="auto", start=None, end=None, num_frames=None, seed=0
     ) -> EncodedMedia:
-        """Decode media and run tower and connector; arguments as in `ask`."""
-        if modality not in MODALITIES:
-            raise ValueError(f"unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
-        if media is None or modality == "text":
-            if media is None and modality in ("video", "image"):
-                raise ValueError(f"modality {modality!r} needs media; none was given")
-            return EncodedMedia("text")
-        clip = load_clip(
+        """Decode media and run towers and connectors; arguments as in `ask`."""
+        return encode_media(
+            self.generator,
+            self.card,
+            self.limits,
             media,
-            spec=self.card.image,
-            num_frames=self.config.num_frames if num_frames is None else num_frames,
-            preset=self.card.preset,
-            start=start,
-            end=end,
-            limits=self.limits,
+            modality,
+            start,
+            end,
+            num_frames,
+            seed,
         )
-        found = "image" if clip.is_image else "video"
-        if modality not in ("auto", found):
-            raise ValueError(f"{clip.source} holds {found}, not {modality}; use modality '{found}'")
-        steps = len(clip.frame_index)
-        self.config.num_media_tokens(steps)  # refuses too few frames, in words
-        tokens = self.generator.programs.encode(self.generator.params, *_static_frames(clip, steps))
-        return EncodedMedia(found, tokens[0], clip)
 
     def inference_messages(self, messages, media: EncodedMedia):
         """What the original's inference sends for a conversation."""
-        return inference_messages(self.config.decoder.family, messages, media.modality)
+        return inference_messages(self.config.decoder.family, messages, media.placeholder)
 
     def splice(self, messages, media: EncodedMedia) -> Spliced:
         """Render, tokenize, and give the media their slots."""
@@ -316,21 +289,12 @@ def _place_media(messages, media: EncodedMedia):
     placed, done = [], False
     for message in messages:
         if message["role"] == "user" and not done:
-            message = {**message, "content": f"<{media.modality}>\n{message['content']}"}
+            message = {**message, "content": f"<{media.placeholder}>\n{message['content']}"}
             done = True
         placed.append(message)
     if not done:
         raise ValueError("media needs a user turn to stand in; the messages have none")
     return placed
-
-
-def _static_frames(clip: Clip, steps: int):
-    """uint8 [1, F, S, S, 3] and int32 [1, 1, T]; F is 1 for images and T otherwise."""
-    frames = clip.frames
-    if 1 < len(frames) < steps:
-        # A short video repeats frames; its own count would be one more program to compile.
-        frames = np.concatenate([frames, np.repeat(frames[-1:], steps - len(frames), axis=0)])
-    return jnp.asarray(frames[None]), jnp.asarray(clip.frame_index[None, None], jnp.int32)
 
 
 def _path_key(media) -> str | None:

@@ -67,6 +67,7 @@ class Programs:
         precision = "highest" if dtype == jnp.float32 else None
         jit = functools.partial(_jit_with_precision, precision)
         self.encode = jit(self._encode)
+        self.hear = jit(self._hear)
         self.logits = jit(self._logits)
         self.prefill = jit(self._prefill, donate_argnames="cache")
         self.start = jit(self._start, static_argnames="room")
@@ -82,6 +83,10 @@ class Programs:
     def _encode(self, params, frames, clip_frames):
         """uint8 [B, F, S, S, 3], int32 [B, K, T] -> [B, K * num_tokens, W]."""
         return self._apply(params, VLlama2.encode, frames, clip_frames)
+
+    def _hear(self, params, audio):
+        """float32 [B, A, frames, 128] -> [B, A * num_sound_tokens, W]."""
+        return self._apply(params, VLlama2.hear, audio)
 
     def _hidden(self, params, prompt: Prompt, media, cache):
         return self._apply(

@@ -1,7 +1,6 @@
 """Any media as the frames that a tower looks at: `load_clip`."""
 
 import dataclasses
-import math
 import operator
 import os
 from collections.abc import Sequence
@@ -15,8 +14,7 @@ from vllama2_jax.media.errors import Limits, MediaError, no_time_in
 from vllama2_jax.media.guard import DECODER
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE, MediaPreset
-
-_LONGEST = 1e12  # seconds; beyond, counting frames overflows
+from vllama2_jax.media.times import seconds_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +41,9 @@ class MediaInfo:
     """What a file holds.
 
     Attributes:
-      kind: "video", "gif", "image" or "folder".
-      num_frames: frames that decode to pictures, as the packets tell.
-      fps: average rate; None for images and folders.
+      kind: "video", "gif", "image", "folder" or "audio".
+      num_frames: frames that decode to pictures, as the packets tell; 0 for audio.
+      fps: average rate; None for images, folders and audio.
       seconds: length; None for images and folders.
       width, height: pixels as shown (of a folder's first image).
       has_audio: whether there is a sound track.
@@ -96,7 +94,7 @@ def load_clip(
         isinstance(media, np.ndarray) and media.ndim in (2, 3)
     )
     source = os.fspath(media) if is_path else "image" if is_image else "frames"
-    start, end = _seconds("start", start, source), _seconds("end", end, source)
+    start, end = seconds_of("start", start, source), seconds_of("end", end, source)
     if is_path:
         return _from_file(source, spec, num_frames, preset, start, end, limits)
     if start is not None or end is not None:
@@ -134,6 +132,16 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
     return MediaInfo(**result)
 
 
+def media_kind(path: str | Path, limits: Limits | None = None) -> str:
+    """ "video", "gif", "image", "folder" or "audio", by content; nothing is decoded.
+
+    Raises:
+      MediaError: naming the file, what is wrong and what to do.
+    """
+    result, _ = DECODER.ask("kind", [os.fspath(path)], limits or Limits())
+    return result["kind"]
+
+
 def _count(num_frames) -> int | None:
     """A whole number as Python's own, whichever library it is of."""
     if num_frames is None:
@@ -145,20 +153,6 @@ def _count(num_frames) -> int | None:
     if count < 1:
         raise ValueError(f"num_frames is {count}; a clip has at least one frame")
     return count
-
-
-def _seconds(name: str, value, source: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.nan
-    if not abs(seconds) < _LONGEST:
-        raise MediaError(
-            source, f"{name} is {value}, not a time", "give a finite number of seconds, or none"
-        )
-    return seconds
 
 
 def _from_file(path, spec, num_frames, preset, start, end, limits) -> Clip:

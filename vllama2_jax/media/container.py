@@ -9,8 +9,8 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 def cut_short(path: str) -> str:
     """Why the file cannot be whole, in words; "" where nothing speaks against it.
 
-    Looks at sizes only: boxes of MP4/MOV/AVIF, the segment of Matroska/WebM, the chunks of AVI
-    and WebP.
+    Looks at sizes only: boxes of MP4/MOV/AVIF, the segment of Matroska/WebM, the chunks of AVI,
+    WAV and WebP.
     """
     size = os.stat(path).st_size
     with open(path, "rb") as file:
@@ -29,7 +29,7 @@ def _check_of(head: bytes):
         return _cut_boxes
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return _cut_matroska
-    if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WEBP"):
+    if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WEBP", b"WAVE"):
         return _cut_riff
     return None
 
@@ -82,8 +82,12 @@ def _cut_riff(file, size: int) -> str:
         head = file.read(8)
         if head[:4] != b"RIFF":
             return ""
-        place += 8 + int.from_bytes(head[4:8], "little")
-    return _missing(size, place) if place > size else ""
+        length = int.from_bytes(head[4:8], "little")
+        if length in (0, 0xFFFFFFFF):
+            return ""  # written as a stream: its length was never filled in
+        place += 8 + length
+    # A last byte that makes the length even is often left out.
+    return _missing(size, place) if place > size + 1 else ""
 
 
 def count_gif_frames(path: str) -> int | None:

@@ -18,14 +18,15 @@ from vllama2_jax.media import stills, wire
 from vllama2_jax.media.assemble import Reel
 from vllama2_jax.media.errors import Limits, MediaError, no_time_in
 from vllama2_jax.media.image import ImageSpec
-from vllama2_jax.media.preset import MediaPreset
+from vllama2_jax.media.preset import MediaPreset, SoundPreset
 from vllama2_jax.media.sampling import sample
 
 _GIF_HEADS = (b"GIF87a", b"GIF89a")
+_KINDS = {"folder": "a folder of images", "gif": "a GIF", "image": "an image"}
 
 
 def kind_of(path: str, limits: Limits) -> str:
-    """ "folder", "gif", "image" or "video", by content rather than by name.
+    """Folder, gif, image or video (also for sound), by content rather than by name.
 
     Raises:
       MediaError: for a file that is missing, empty, unreadable, too large or not a file at all.
@@ -110,26 +111,19 @@ def read_clip(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
 
 
 def _reel(request: dict, limits: Limits) -> Reel:
-    spec, preset = ImageSpec(**request["spec"]), MediaPreset(**request["preset"])
-    return Reel(spec, preset, limits, request["paths"][0])
+    sound = SoundPreset(**request["preset"]["sound"])
+    preset = MediaPreset(**{**request["preset"], "sound": sound})
+    return Reel(ImageSpec(**request["spec"]), preset, limits, request["paths"][0])
 
 
 @contextlib.contextmanager
 def _open_video(path: str, limits: Limits):
     """The open video; what FFmpeg finds wrong where nothing more exact is known, in words."""
-    import av
-
+    from vllama2_jax.media.ffmpeg import told
     from vllama2_jax.media.video import VideoFile
 
-    try:
-        with contextlib.closing(VideoFile(path, limits)) as file:
-            yield file
-    except MemoryError:  # PyAV's is an FFmpegError, too; it is no fault of the file
-        raise
-    except av.FFmpegError as error:
-        raise MediaError(
-            path, f"cannot be decoded ({error.strerror})", "make the file again or convert it"
-        ) from None
+    with told(path), contextlib.closing(VideoFile(path, limits)) as file:
+        yield file
 
 
 def _read_video(path: str, limits: Limits, reel: Reel, choose: _Chooser):
@@ -184,10 +178,45 @@ def read_stills(request: dict, limits: Limits) -> tuple[dict, np.ndarray]:
     return {"sizes": reel.sizes}, np.stack(reel.frames)
 
 
+def read_sound(request: dict, limits: Limits) -> tuple[dict, np.ndarray | None]:
+    """The filter bank of a file's sound; None where it has none and that is no error."""
+    from vllama2_jax.media.audio import AudioFile
+    from vllama2_jax.media.ffmpeg import told
+    from vllama2_jax.media.listen import listen
+
+    path = request["paths"][0]
+    kind = kind_of(path, limits)
+    if kind == "video":
+        with told(path), contextlib.closing(AudioFile(path, limits)) as file:
+            if file.has_track:
+                return listen(file, request, limits)
+    if request["silence"]:
+        return {"heard": [], "seconds": 0.0}, None
+    cause = "has no sound track" if kind == "video" else f"has no sound ({_KINDS[kind]})"
+    raise MediaError(path, cause, "give a file with sound, or ask about its pictures alone")
+
+
+def kind_inside(path: str, limits: Limits) -> str:
+    """`kind_of`, with "audio" for a file of sound without pictures."""
+    kind = kind_of(path, limits)
+    if kind == "video":
+        from vllama2_jax.media.ffmpeg import open_file, picture_streams, told
+
+        with told(path), contextlib.closing(open_file(path, "holds nothing")) as container:
+            if container.streams.audio and not picture_streams(container):
+                return "audio"
+    return kind
+
+
+def tell_kind(request: dict, limits: Limits) -> tuple[dict, None]:
+    """What a file is."""
+    return {"kind": kind_inside(request["paths"][0], limits)}, None
+
+
 def probe(request: dict, limits: Limits) -> tuple[dict, None]:
     """What a file holds."""
     path = request["paths"][0]
-    kind = kind_of(path, limits)
+    kind = kind_inside(path, limits)
     info = {"kind": kind, "num_frames": 1, "fps": None, "seconds": None, "has_audio": False}
     if kind == "image":
         info["width"], info["height"] = stills.read_image(path, limits, False).size
@@ -201,6 +230,12 @@ def probe(request: dict, limits: Limits) -> tuple[dict, None]:
         files = stills.list_folder(path)
         info["num_frames"] = len(files)
         info["width"], info["height"] = stills.read_image(files[0], limits, False).size
+    elif kind == "audio":
+        from vllama2_jax.media.audio import AudioFile
+        from vllama2_jax.media.ffmpeg import told
+
+        with told(path), contextlib.closing(AudioFile(path, limits)) as file:
+            info.update(num_frames=0, width=0, height=0, seconds=file.seconds, has_audio=True)
     else:
         with _open_video(path, limits) as file:
             found = file.info()
@@ -215,7 +250,13 @@ def probe(request: dict, limits: Limits) -> tuple[dict, None]:
     return info, None
 
 
-_OPERATIONS = {"clip": read_clip, "stills": read_stills, "probe": probe}
+_OPERATIONS = {
+    "clip": read_clip,
+    "stills": read_stills,
+    "sound": read_sound,
+    "kind": tell_kind,
+    "probe": probe,
+}
 
 
 def answer(request: dict) -> tuple[dict, np.ndarray | None]:
@@ -226,7 +267,7 @@ def answer(request: dict) -> tuple[dict, np.ndarray | None]:
         limits = Limits(**request["limits"])
         result, body = _OPERATIONS[request["operation"]](request, limits)
         if body is not None:
-            result["shape"] = body.shape
+            result |= {"shape": body.shape, "dtype": body.dtype.name}
         return {"result": result}, body
     except MediaError as error:
         return {"error": [error.path, error.cause, error.remedy]}, None

@@ -41,6 +41,8 @@ class Limits:
         and on the way to the tower's size, which makes a narrow strip grow.
       max_frames: distinct frames that one clip may hold (a guard of memory in fps mode, where the
         preset itself does not cut).
+      max_sound_seconds: length of a sound track that is read as a whole (four hours: 460 MB of
+        samples); stretches of longer ones can be asked for.
       max_seconds: wall-clock seconds of one read; the decoder is killed when they are over.
       max_threads: threads of FFmpeg; 0 is one per core. Side by side, as in the workers of a
         training run, decoders with one thread each read more than decoders with many.
@@ -49,5 +51,6 @@ class Limits:
     max_bytes: int = 8 << 30
     max_pixels: int = 64_000_000
     max_frames: int = 1024
+    max_sound_seconds: float = 14_400.0
     max_seconds: float = 120.0
     max_threads: int = 0

@@ -2,6 +2,58 @@
 
 import dataclasses
 
+PIECE_SECONDS = 2  # of a video's track that is heard in pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundPreset:
+    """The numeric choices of hearing.
+
+    Attributes:
+      reader: of sound by itself. "librosa": the first channel, filled with silence to the tower's
+        length at its own rate, then resampled through its spectrum. "ffmpeg": all channels mixed
+        and resampled by FFmpeg, as the tracks of videos always are.
+      random_crop: of sound longer than the tower's length, a stretch at random is heard, at
+        inference too; otherwise its first.
+      joint_pieces: a video's track, heard beside its pictures, is so many pieces of two seconds
+        which cover it evenly, one after the other; 0 means that it is heard like other sound.
+      joint_ignores_times: those pieces cover the whole track, whatever part of the video is seen.
+      bfloat16: filter banks are rounded to bfloat16.
+    """
+
+    reader: str
+    random_crop: bool
+    joint_pieces: int
+    joint_ignores_times: bool
+    bfloat16: bool
+
+    def __post_init__(self):
+        if self.reader not in ("librosa", "ffmpeg"):
+            raise ValueError(f"unknown reader {self.reader!r}; known: librosa, ffmpeg")
+        if self.joint_pieces < 0:
+            raise ValueError(f"joint_pieces is {self.joint_pieces}; it is 0 or more")
+
+    @property
+    def joint_seconds(self) -> float:
+        """Sound that the pieces of a video's track make."""
+        return self.joint_pieces * PIECE_SECONDS
+
+
+REFERENCE_SOUND = SoundPreset(
+    reader="librosa",
+    random_crop=True,
+    joint_pieces=8,
+    joint_ignores_times=True,
+    bfloat16=True,
+)
+PAPER_SOUND = SoundPreset(
+    reader="ffmpeg",
+    random_crop=False,
+    joint_pieces=0,
+    joint_ignores_times=False,
+    bfloat16=False,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class MediaPreset:
@@ -24,6 +76,7 @@ class MediaPreset:
         swapped (visible only together with `square_pad`).
       max_frames: a clip is cut to its first so many frames, not sampled again; 0 means no cut.
       exif_rotation: turn image files as their EXIF orientation says.
+      sound: how sound is read.
     """
 
     name: str
@@ -36,6 +89,7 @@ class MediaPreset:
     black_frames_transposed: bool
     max_frames: int
     exif_rotation: bool
+    sound: SoundPreset = REFERENCE_SOUND
 
     def __post_init__(self):
         if self.sampling not in ("midpoint", "linspace"):
@@ -65,5 +119,6 @@ PAPER = MediaPreset(
     black_frames_transposed=False,
     max_frames=0,
     exif_rotation=True,
+    sound=PAPER_SOUND,
 )
 PRESETS = {preset.name: preset for preset in (REFERENCE, PAPER)}

@@ -1,6 +1,6 @@
 """Exact frames of a video file, decoding only the groups of pictures that hold them (PyAV).
 
-Runs inside the decoder subprocess (`decoder.py`): this is the only file that touches FFmpeg.
+Runs inside the decoder subprocess (`decoder.py`).
 """
 
 import dataclasses
@@ -10,20 +10,14 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from vllama2_jax.media.container import cut_short, is_known
+from vllama2_jax.media.container import cut_short
 from vllama2_jax.media.errors import Limits, MediaError
+from vllama2_jax.media.ffmpeg import DAMAGED, open_file, picture_streams
 from vllama2_jax.media.packets import PacketIndex
 from vllama2_jax.media.rotation import display_matrix, turn
 
-# What FFmpeg may open: containers of footage (and of sound, to say that it is only sound), from
-# the file itself. Left to guess, it also follows playlists and draws text files as video.
-_FORMATS = (
-    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,ivf,m4v,dv,nut,"
-    "wav,mp3,flac,aac,aiff,amr,w64,wv"
-)
 # A picture may be shown at most so many pictures after its packet (H.264 and HEVC level limits).
 _MAX_REORDER = 16
-_DAMAGED = "make the file again or copy it once more"
 _NO_FRAMES = "holds no frames"
 
 
@@ -58,7 +52,7 @@ class VideoFile:
           MediaError: not a video, audio only, no frames, frames beyond the limits, or cut.
         """
         self.path, self._limits = path, limits
-        self._container = self._open()
+        self._container = open_file(self.path, _NO_FRAMES)
         self._stream = self._pick_stream()
         self._check_size(self._stream.codec_context.width, self._stream.codec_context.height)
         self._reformatter = VideoReformatter()
@@ -69,37 +63,10 @@ class VideoFile:
         """Close the file."""
         self._container.close()
 
-    def _open(self):
-        options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-        try:
-            return av.open(self.path, metadata_errors="replace", options=options)
-        except (av.FFmpegError, ValueError) as error:
-            raise self._cannot_open(error) from None
-
-    def _cannot_open(self, error) -> MediaError:
-        cause = cut_short(self.path)
-        if cause:
-            return MediaError(self.path, cause, _DAMAGED)
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, av.error.EOFError):
-            if is_known(self.path):
-                # Whole, but FFmpeg met its end while it looked for the first picture.
-                return MediaError(self.path, _NO_FRAMES, _DAMAGED)
-            reason = "it ends before any footage"
-        return MediaError(
-            self.path,
-            f"not a video or image that can be read ({reason})",
-            "give an .mp4, .webm, .mkv, .avi, .mov, .gif or image file",
-        )
-
     def _pick_stream(self):
-        streams = [
-            s
-            for s in self._container.streams.video
-            if not s.disposition & av.stream.Disposition.attached_pic
-        ]
+        streams = picture_streams(self._container)
         if not self._container.streams:
-            raise MediaError(self.path, _NO_FRAMES, _DAMAGED)  # not even tracks for them
+            raise MediaError(self.path, _NO_FRAMES, DAMAGED)  # not even tracks for them
         if not streams:
             sound = bool(self._container.streams.audio)
             raise MediaError(
@@ -137,7 +104,7 @@ class VideoFile:
             index.complete = False
         cut = cut_short(self.path)
         if index.count == 0:
-            raise MediaError(self.path, cut or _NO_FRAMES, _DAMAGED)
+            raise MediaError(self.path, cut or _NO_FRAMES, DAMAGED)
         self._indexed = index.close(self._stream.codec.canonical_name)
         self.num_frames = self._readable = index.count
         self._complete = index.complete
@@ -148,7 +115,7 @@ class VideoFile:
             self.num_frames = max(index.count, promised)
             self._complete &= index.count >= promised
         elif cut or not index.complete:
-            raise MediaError(self.path, cut or "its data are damaged", _DAMAGED)
+            raise MediaError(self.path, cut or "its data are damaged", DAMAGED)
         if not self._complete:
             # The last pictures may lack neighbours that come before them on the screen.
             self._readable = max(index.count - 1 - _MAX_REORDER, 0)
@@ -211,7 +178,7 @@ class VideoFile:
                 self.path,
                 f"is cut short: frame {int(wanted.max())} is needed, and of {self.num_frames} "
                 f"frames only {self._readable} can be trusted",
-                _DAMAGED,
+                DAMAGED,
             )
 
     def _read_groups(self, wanted: np.ndarray, take: Callable):
@@ -260,7 +227,7 @@ class VideoFile:
     def _read_all(self, wanted: np.ndarray, take: Callable) -> int:
         """Decode from the start to the end; returns the number of frames."""
         self._container.close()
-        self._container = self._open()
+        self._container = open_file(self.path, _NO_FRAMES)
         self._stream = self._pick_stream()
         remaining, total = set(wanted.tolist()), 0
         try:
@@ -270,16 +237,16 @@ class VideoFile:
                 total += 1
         except av.FFmpegError as error:
             raise MediaError(
-                self.path, f"cannot be decoded at frame {total} ({error.strerror})", _DAMAGED
+                self.path, f"cannot be decoded at frame {total} ({error.strerror})", DAMAGED
             ) from None
         if total == 0:
-            raise MediaError(self.path, "holds no frames that can be decoded", _DAMAGED)
+            raise MediaError(self.path, "holds no frames that can be decoded", DAMAGED)
         return total
 
     def _take(self, frame, number: int, take: Callable):
         self._check_size(frame.width, frame.height)
         if frame.is_corrupt:
-            raise MediaError(self.path, f"frame {number} is damaged", _DAMAGED)
+            raise MediaError(self.path, f"frame {number} is damaged", DAMAGED)
         pixels = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         seconds = float("nan")
         if frame.pts is not None:

@@ -4,11 +4,16 @@ They are what a checkpoint's model card stores, and all that a network is built 
 """
 
 import dataclasses
+import re
 import types
 import typing
 
 # Of the network, in the order in which data run through them; parameters begin with these names.
-PARTS = ("vision", "connector", "decoder")
+# Those of hearing are absent from a network without it.
+PARTS = ("vision", "connector", "audio", "audio_connector", "decoder")
+
+
+_MLP = re.compile(r"mlp(\d+)x_gelu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +98,81 @@ class ConnectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BeatsConfig:
+    """A BEATs audio tower, read at its last layer.
+
+    The patch embedding cuts the filter bank into squares; `patch_width` is its width, `width` that
+    of the layers. `deep_norm` weighs what bypasses a layer by (2 layers)^(1/4). Layer-drop
+    is of training alone.
+    """
+
+    patch_size: int
+    patch_width: int
+    width: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    seconds: float = 30.0  # of sound; shorter sound is filled with silence, longer cut
+    num_bins: int = 128  # of the filter bank
+    patch_bias: bool = False
+    conv_window: int = 128  # taps of the convolution that tells positions
+    conv_groups: int = 16
+    conv_norm_eps: float = 1e-6  # under the root of the norm of each of its taps
+    num_buckets: int = 320  # of relative positions
+    max_distance: int = 800
+    deep_norm: bool = True
+    norm_eps: float = 1e-5
+    mean: float = 15.41663  # of the filter bank
+    std: float = 6.55582
+    layer_drop: float = 0.05  # probability
+    gradient_decay: float = 0.6  # factor of the gradient that goes through a layer
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def residual_weight(self) -> float:
+        """Of what bypasses a layer."""
+        return (2 * self.num_layers) ** 0.25 if self.deep_norm else 1.0
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the filter bank, of 25 ms every 10 ms at 16 kHz (2,998 of 30 s)."""
+        return 1 + (round(self.seconds * 16_000) - 400) // 160
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a sound (1,496 of 30 s); frames that fill no last patch are left out."""
+        return self.num_frames // self.patch_size * (self.num_bins // self.patch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioConnectorConfig:
+    """An audio-to-decoder connector, named as the original's `mm_projector_a_type`.
+
+    Dense layers with GELU between them: "linear", "mlp2x_gelu", "mlp3x_gelu" ...
+    """
+
+    kind: str
+    in_dim: int
+    out_dim: int
+
+    def __post_init__(self):
+        """Refuse a kind that is not known."""
+        if self.kind != "linear" and not _MLP.fullmatch(self.kind):
+            raise ValueError(
+                f"unknown audio connector {self.kind!r}; known: linear, mlp2x_gelu, mlp3x_gelu ..."
+            )
+
+    @property
+    def depth(self) -> int:
+        """Dense layers."""
+        return 1 if self.kind == "linear" else int(_MLP.fullmatch(self.kind)[1])
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A Mistral, Mixtral, Qwen2 or Llama decoder."""
 
@@ -116,13 +196,15 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VLlama2Config:
-    """The whole network: frames -> tower -> connector -> decoder."""
+    """The whole network: frames -> tower -> connector -> decoder, and sound likewise."""
 
     name: str
     vision: ViTConfig
     connector: ConnectorConfig
     decoder: DecoderConfig
     num_frames: int  # the clip length the checkpoint was trained with
+    audio: BeatsConfig | None = None  # both or none
+    audio_connector: AudioConnectorConfig | None = None
 
     def __post_init__(self):
         """Refuse parts that do not fit each other."""
@@ -134,6 +216,24 @@ class VLlama2Config:
             raise ValueError(
                 f"connector.out_dim {self.connector.out_dim} != decoder.width {self.decoder.width}"
             )
+        tower, connector = self.audio, self.audio_connector
+        if (tower is None) != (connector is None):
+            raise ValueError("audio and audio_connector must both be there, or neither")
+        if tower and (connector.in_dim, connector.out_dim) != (tower.width, self.decoder.width):
+            raise ValueError(
+                f"audio_connector takes {connector.in_dim} to {connector.out_dim}, the audio tower "
+                f"has {tower.width} and the decoder {self.decoder.width}"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those of `PARTS` that this network has."""
+        return tuple(part for part in PARTS if getattr(self, part) is not None)
+
+    @property
+    def num_sound_tokens(self) -> int:
+        """Decoder slots that one sound takes; 0 of a network that does not hear."""
+        return self.audio.num_tokens if self.audio else 0
 
     def num_media_tokens(self, num_frames: int | None = None) -> int:
         """Decoder slots that one clip takes."""

@@ -1,4 +1,4 @@
-"""Vision-to-decoder connectors: the STC family, the plain MLPs, the paper's Table 1.
+"""Connectors to the decoder: the STC family, plain MLPs, the paper's Table 1, and that of audio.
 
 The STC connector (paper section 2.2, figure 2) is RegStage, a spatial-temporal downsampler,
 RegStage, and an MLP. RegStage is the one of timm (`timm.models.regnet`) as the original builds it:
@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.config import ConnectorConfig
+from vllama2_jax.models.activations import gelu
+from vllama2_jax.models.config import AudioConnectorConfig, ConnectorConfig
 from vllama2_jax.models.convolution import convolve, cut_windows
 from vllama2_jax.models.matmul import dense_dot
 
@@ -236,6 +237,22 @@ class Connector(_Layers):
         )(x)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU, exact; through erf, which is cheaper than the erfc of `jax.nn.gelu`."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+class AudioConnector(_Layers):
+    """Audio features to decoder tokens: dense layers with GELU between them.
+
+    Attributes:
+      config: the shapes.
+      dtype: of activations and matmuls.
+      param_dtype: of the parameters that `init` makes.
+    """
+
+    config: AudioConnectorConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_dim] -> [..., out_dim] in `dtype`."""
+        for index in range(self.config.depth):
+            x = gelu(x) if index else x.astype(self.dtype)
+            names = ("embed", "mlp") if index % 2 == 0 else ("mlp", "embed")
+            x = self.dense(x, self.config.out_dim, names, f"layer_{index}")
+        return x

@@ -9,6 +9,8 @@ import dataclasses
 import math
 
 from vllama2_jax.models.config import (
+    AudioConnectorConfig,
+    BeatsConfig,
     ConnectorConfig,
     DecoderConfig,
     ViTConfig,
@@ -45,6 +47,7 @@ def forward_flops(
     length: int,
     frames: int,
     clips: int,
+    sounds: int = 0,
     steps: int | None = None,
 ) -> dict[str, int]:
     """FLOPs of a forward pass, logits of all slots included, by kind of product.
@@ -57,12 +60,13 @@ def forward_flops(
       length: slots of a row.
       frames: distinct frames of a row, which the tower sees; 0 for text alone.
       clips: clips of a row, which the connector sees; 0 for text alone.
+      sounds: of a row.
       steps: time steps of a clip; None is `config.num_frames`.
 
     Returns:
-      {name: FLOPs}; names begin with "vision/", "connector/" or "decoder/".
+      {name: FLOPs}; names begin with one of `PARTS`.
     """
-    shape = dict(rows=rows, length=length, frames=frames, clips=clips, steps=steps)
+    shape = dict(rows=rows, length=length, frames=frames, clips=clips, sounds=sounds, steps=steps)
     flops: dict[str, int] = {}
     for product in forward_products(config, **shape):
         flops[product.name] = flops.get(product.name, 0) + product.flops
@@ -76,6 +80,7 @@ def forward_products(
     length: int,
     frames: int,
     clips: int,
+    sounds: int = 0,
     steps: int | None = None,
 ) -> list[Product]:
     """What `forward_flops` sums up, in the order in which it runs."""
@@ -85,6 +90,10 @@ def forward_products(
         products += _vision(config.vision, rows * frames)
     if clips:
         products += _connector(config.connector, rows * clips, steps, config.vision.grid)
+    if sounds:
+        products += _audio(config.audio, rows * sounds)
+        tokens = rows * sounds * config.num_sound_tokens
+        products += _audio_connector(config.audio_connector, tokens)
     return products + _decoder(config.decoder, rows, length)
 
 
@@ -99,6 +108,37 @@ def _vision(config: ViTConfig, images: int) -> list[Product]:
         Product("vision/attention/scores", 2 * 2 * blocks * tokens**2 * width, weights=False),
         Product("vision/mlp/fc1", mlp),
         Product("vision/mlp/fc2", mlp),
+    ]
+
+
+def _audio(config: BeatsConfig, sounds: int) -> list[Product]:
+    width, tokens = config.width, sounds * config.num_tokens
+    layers = tokens * config.num_layers
+    taps = config.conv_window * width // config.conv_groups
+    mlp = 2 * layers * width * config.mlp_dim
+    products = [
+        Product(
+            "audio/patch_embed", 2 * tokens * config.patch_size**2 * config.patch_width, entry=True
+        ),
+        Product("audio/positions", 2 * tokens * taps * width),
+        Product("audio/attention/projections", 4 * 2 * layers * width**2),
+        Product("audio/attention/gate", 2 * layers * width * 8),
+        Product(
+            "audio/attention/scores", 2 * 2 * layers * config.num_tokens * width, weights=False
+        ),
+        Product("audio/mlp/fc1", mlp),
+        Product("audio/mlp/fc2", mlp),
+    ]
+    if config.patch_width != width:
+        products.insert(1, Product("audio/patch_project", 2 * tokens * config.patch_width * width))
+    return products
+
+
+def _audio_connector(config: AudioConnectorConfig, tokens: int) -> list[Product]:
+    wide = [config.in_dim] + [config.out_dim] * (config.depth - 1)
+    return [
+        Product("audio_connector/layers", 2 * tokens * into * config.out_dim, entry=index == 0)
+        for index, into in enumerate(wide)
     ]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vllama2_jax.models.activations import gelu_tanh, quick_gelu
 from vllama2_jax.models.config import ViTConfig
 from vllama2_jax.models.convolution import convolve
 from vllama2_jax.models.matmul import dense_dot
@@ -40,16 +41,6 @@ def normalise(frames: jax.Array, config: ViTConfig) -> jax.Array:
     scale, bias = 1 / (255 * std), (centre / 255 - mean) / std
     centre, scale, bias = (value.astype(np.float32) for value in (centre, scale, bias))
     return (frames.astype(jnp.float32) - centre) * scale + bias
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """CLIP's approximation of GELU."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """SigLIP's approximation of GELU."""
-    return jax.nn.gelu(x, approximate=True)
 
 
 # Measured best for 577 tokens of 64 (4 x 577 x 577 float32 logits are 5 MB).

@@ -1,8 +1,8 @@
-"""VideoLLaMA 2 as one pure network: encode the frames, splice their tokens in, decode.
+"""VideoLLaMA 2 as one pure network: encode frames and sound, splice their tokens in, decode.
 
 The batch is one contract for training and inference (`Batch`); its shapes are static, and where
 media tokens go is data (`media_index`), so that one compiled program serves every mixture of text,
-images and videos.
+images, videos and sound.
 """
 
 import flax.linen as nn
@@ -10,9 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vllama2_jax.models.beats import Beats, normalise_bank
 from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.models.connector import Connector
+from vllama2_jax.models.connector import AudioConnector, Connector
 from vllama2_jax.models.decoder import Decoder
 from vllama2_jax.models.vit import VisionTower, normalise
 
@@ -21,31 +22,40 @@ from vllama2_jax.models.vit import VisionTower, normalise
 class Batch:
     """Rows of spliced tokens, each with the media that it refers to.
 
-    B rows of L slots; F distinct frames, K clips of T time steps per row; M = K * num_tokens.
+    B rows of L slots; F distinct frames, K clips of T time steps and A sounds per row. The row's
+    table of M media tokens holds those of its clips, one after the other, then those of its sounds.
 
     Attributes:
       tokens: int32 [B, L]; ids, anything valid (0) at media slots and padding.
       positions: int32 [B, L]; rotary positions, restarting with each segment.
       segment_ids: int32 [B, L]; 0 is padding, samples packed into one row count from 1.
-      media_index: int32 [B, L]; into the row's M media tokens, clip after clip; -1 is text.
-      frames: uint8 [B, F, S, S, 3]; each distinct frame once.
+      media_index: int32 [B, L]; into the row's M media tokens; -1 is text.
+      frames: uint8 [B, F, S, S, 3]; each distinct frame once. Where no row of a run has pictures
+        it is None, and `audio` likewise: the towers in question do not run.
       clip_frames: int32 [B, K, T]; which of the row's frames each time step uses.
       clip_mask: bool [B, K]; False where a clip slot is unused.
       targets: int32 [B, L]; the id that each slot predicts (training only).
       target_weights: float32 [B, L]; 0 where nothing is learnt (training only).
       dataset_ids: int32 [B, L]; which dataset each slot is of, to tell their losses apart.
+      audio: float32 [B, A, frames, 128], filter banks.
+      audio_mask: bool [B, A]; False where a sound's slot is unused.
+      audio_keep: bool [B, layers]; False for layers of the audio tower that a row leaves out
+        (training only).
     """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
     media_index: jax.Array
-    frames: jax.Array
-    clip_frames: jax.Array
-    clip_mask: jax.Array
+    frames: jax.Array | None = None
+    clip_frames: jax.Array | None = None
+    clip_mask: jax.Array | None = None
     targets: jax.Array | None = None
     target_weights: jax.Array | None = None
     dataset_ids: jax.Array | None = None
+    audio: jax.Array | None = None
+    audio_mask: jax.Array | None = None
+    audio_keep: jax.Array | None = None
 
 
 def splice(text: jax.Array, media: jax.Array, media_index: jax.Array) -> jax.Array:
@@ -53,7 +63,7 @@ def splice(text: jax.Array, media: jax.Array, media_index: jax.Array) -> jax.Arr
 
     Args:
       text: [B, L, W] embeddings of the ids (whatever stands at media slots is dropped).
-      media: [B, M, W] tokens of the connector.
+      media: [B, M, W] tokens of the connectors.
       media_index: int32 [B, L] into M; -1 keeps the text embedding.
 
     Returns:
@@ -64,13 +74,13 @@ def splice(text: jax.Array, media: jax.Array, media_index: jax.Array) -> jax.Arr
 
 
 class VLlama2(nn.Module):
-    """Frames -> tower -> connector -> decoder.
+    """Frames -> tower -> connector -> decoder, and sound likewise.
 
     Attributes:
-      config: the shapes.
+      config: the shapes; a network without `config.audio` does not hear.
       dtype: of activations and matmuls; norms, softmax, rotary angles and logits are float32.
       param_dtype: of the parameters that `init` makes.
-      remat: recomputation policy of the decoder's and the tower's blocks (see `remat.py`).
+      remat: recomputation policy of the decoder's and the towers' blocks (see `remat.py`).
       scan_layers: one scanned stack of decoder layers (training) or a Python loop over layers with
         parameters of their own (inference; see docs/decisions/decoder-layers.md).
       split_experts: every expert has arrays of its own (inference on CPU).
@@ -89,10 +99,13 @@ class VLlama2(nn.Module):
     moe_backend: str = "blocks"
 
     def setup(self):
-        """Build the three networks under the names `vision`, `connector` and `decoder`."""
+        """Build the networks under the names of `config.PARTS`."""
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         self.vision = VisionTower(config=self.config.vision, remat=self.remat, **common)
         self.connector = Connector(config=self.config.connector, **common)
+        if self.config.audio:
+            self.audio = Beats(config=self.config.audio, remat=self.remat, **common)
+            self.audio_connector = AudioConnector(config=self.config.audio_connector, **common)
         self.decoder = Decoder(
             self.config.decoder,
             remat=self.remat,
@@ -131,6 +144,40 @@ class VLlama2(nn.Module):
             tokens = jnp.where(clip_mask[..., None, None], tokens, 0)
         return tokens.reshape(rows, -1, tokens.shape[-1])
 
+    def hear(
+        self,
+        audio: jax.Array,
+        audio_mask: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the decoder hears of each row's sounds.
+
+        Args:
+          audio: float32 [B, A, frames, 128], filter banks.
+          audio_mask: bool [B, A]; tokens of unused slots are zeros.
+          keep: bool [B, layers], see `Batch.audio_keep`.
+
+        Returns:
+          [B, A * num_sound_tokens, W] in `dtype`.
+        """
+        rows, sounds = audio.shape[:2]
+        banks = normalise_bank(audio.reshape(-1, *audio.shape[2:]), self.config.audio)
+        keep = None if keep is None else jnp.repeat(keep, sounds, axis=0)
+        tokens = self.audio_connector(self.audio(banks, keep))
+        tokens = tokens.reshape(rows, sounds, *tokens.shape[1:])
+        if audio_mask is not None:
+            tokens = jnp.where(audio_mask[..., None, None], tokens, 0)
+        return tokens.reshape(rows, -1, tokens.shape[-1])
+
+    def media_tokens(self, batch: Batch) -> jax.Array | None:
+        """The tables of media tokens [B, M, W] of a batch; None for one of text alone."""
+        tables = []
+        if batch.frames is not None:
+            tables.append(self.encode(batch.frames, batch.clip_frames, batch.clip_mask))
+        if batch.audio is not None:
+            tables.append(self.hear(batch.audio, batch.audio_mask, batch.audio_keep))
+        return jnp.concatenate(tables, axis=1) if tables else None
+
     def decode(
         self,
         tokens: jax.Array,
@@ -146,7 +193,8 @@ class VLlama2(nn.Module):
 
         Args:
           tokens, positions, segment_ids: int32 [B, L].
-          media: [B, M, W] from `encode`, with `media_index` int32 [B, L]; both None for text alone.
+          media: [B, M, W] from `media_tokens`, with `media_index` int32 [B, L]; both None for text
+            alone.
           cache: keys and values of earlier slots; the new slots are appended.
           with_router_logits: also return what `moe.load_balancing_loss` takes.
 
@@ -168,9 +216,12 @@ class VLlama2(nn.Module):
 
     def __call__(self, batch: Batch) -> jax.Array:
         """Hidden states [B, L, W] of a training batch (see `logits` for the head)."""
-        media = self.encode(batch.frames, batch.clip_frames, batch.clip_mask)
         hidden, _ = self.decode(
-            batch.tokens, batch.positions, batch.segment_ids, media, batch.media_index
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            self.media_tokens(batch),
+            batch.media_index,
         )
         if self.is_initializing():
             self.logits(hidden[:, :1])
@@ -183,8 +234,9 @@ def init_params(config: VLlama2Config, rng: jax.Array, param_dtype=jnp.float32, 
     Use under `jax.eval_shape` for shapes alone, and `nn.meta.unbox` for plain arrays.
     """
     size, frames = config.vision.image_size, config.num_frames
-    # The shortest row that touches every parameter: one clip, one text slot.
+    # The shortest row that touches every parameter: one clip, one sound, one text slot.
     row = jnp.zeros((1, 1), jnp.int32)
+    sound = config.audio and jnp.zeros((1, 1, config.audio.num_frames, config.audio.num_bins))
     batch = Batch(
         tokens=row,
         positions=row,
@@ -193,6 +245,7 @@ def init_params(config: VLlama2Config, rng: jax.Array, param_dtype=jnp.float32, 
         frames=jnp.zeros((1, 1, size, size, 3), jnp.uint8),
         clip_frames=jnp.zeros((1, 1, frames), jnp.int32),
         clip_mask=jnp.ones((1, 1), bool),
+        audio=sound,
     )
     model = VLlama2(config, param_dtype=param_dtype, **kwargs)
     return model.init(rng, batch)["params"]

@@ -7,7 +7,14 @@ scripts. A released checkpoint's own config.json always wins over this table.
 
 import dataclasses
 
-from vllama2_jax.models.config import ConnectorConfig, DecoderConfig, ViTConfig, VLlama2Config
+from vllama2_jax.models.config import (
+    AudioConnectorConfig,
+    BeatsConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    ViTConfig,
+    VLlama2Config,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,6 +72,16 @@ TOWERS = {
     "openai/clip-vit-large-patch14-336": CLIP_L_336,
     "google/siglip-so400m-patch14-384": SIGLIP_SO400M_384,
 }
+
+# BEATs_iter3+ (AS2M), fine-tuned on AudioSet, the second checkpoint of its authors.
+BEATS_ITER3 = BeatsConfig(
+    patch_size=16,
+    patch_width=512,
+    width=768,
+    mlp_dim=3072,
+    num_layers=12,
+    num_heads=12,
+)
 
 MISTRAL_7B = DecoderConfig(
     family="mistral",
@@ -168,13 +185,17 @@ def connector_config(
     )
 
 
-def _model(name, vision, connector, decoder, num_frames, depth=None) -> VLlama2Config:
+def _model(
+    name, vision, connector, decoder, num_frames, depth=None, audio=None, audio_connector=None
+) -> VLlama2Config:
     return VLlama2Config(
         name=name,
         vision=vision,
         connector=connector_config(connector, vision.width, decoder.width, depth),
         decoder=decoder,
         num_frames=num_frames,
+        audio=audio,
+        audio_connector=audio and AudioConnectorConfig(audio_connector, audio.width, decoder.width),
     )
 
 
@@ -186,6 +207,15 @@ ZOO = {
         _model("2-8x7B", CLIP_L_336, "stc_connector", MIXTRAL_8X7B, 8),
         _model("2-72B", CLIP_L_336, "stc_connector_v35", QWEN2_72B, 8),
         _model("2.1-7B-16F", SIGLIP_SO400M_384, "stc_connector_v35", QWEN2_7B, 16),
+        _model(
+            "2.1-7B-AV",
+            SIGLIP_SO400M_384,
+            "stc_connector_v35",
+            QWEN2_7B,
+            16,
+            audio=BEATS_ITER3,
+            audio_connector="mlp2x_gelu",
+        ),
         _model("tiny", TINY_TOWER, "stc_connector_v35", TINY_DECODER, 8, depth=1),
     )
 }
@@ -198,6 +228,7 @@ PUBLISHED_PARTS = {
     "2-8x7B": ("openai/clip-vit-large-patch14-336", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
     "2-72B": ("openai/clip-vit-large-patch14-336", "Qwen/Qwen2-72B-Instruct"),
     "2.1-7B-16F": ("google/siglip-so400m-patch14-384", "Qwen/Qwen2-7B-Instruct"),
+    "2.1-7B-AV": ("google/siglip-so400m-patch14-384", "Qwen/Qwen2-7B-Instruct"),
 }
 
 

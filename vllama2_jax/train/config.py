@@ -42,7 +42,12 @@ class StartConfig:
       connector: "stored" or "random".
       decoder: "stored", "random", or a repository or directory of a language model alone, whose
         tokenizer is then taken, too.
+      audio: "stored", "random", or the `.pt` file of a BEATs tower.
+      audio_connector: "stored" or "random".
       connector_kind: of a random connector, as `zoo.connector_config` takes it; "" is the model's.
+      hearing: a name of the zoo, whose audio tower and connector are added to a model that does not
+        hear; they are then not "stored". "" adds none.
+      audio_connector_kind: of what `hearing` adds, "linear" or "mlp2x_gelu"; "" is its own.
       narrow: random parts begin as suits narrow networks (`initial.py`), not published sizes.
     """
 
@@ -50,7 +55,11 @@ class StartConfig:
     vision: str = STORED
     connector: str = STORED
     decoder: str = STORED
+    audio: str = STORED
+    audio_connector: str = STORED
     connector_kind: str = ""
+    hearing: str = ""
+    audio_connector_kind: str = ""
     narrow: bool = False
 
 
@@ -115,7 +124,7 @@ class DataConfig:
       max_length: slots of the longest row; None leaves room for `max_tokens` beside a clip.
       buckets: lengths that rows may have; None is four, up to `max_length`.
       packing: several records share a row.
-      max_clips: media of a row.
+      max_clips: of a row, and as many sounds.
       max_faults: the run ends when more records than this turn out unreadable, or more than a
         quarter of all.
       workers: processes that read and decode; 0 is a thread of the training process.
@@ -218,6 +227,8 @@ class TrainConfig:
       remat: recomputation policy (`models/remat.py`).
       validation: held-out records.
       save: checkpoints.
+      layer_drop: probability with which a step leaves out a layer of the audio tower, frozen or
+        not, as in the original; None is the tower's own (0.05 of BEATs).
       seed: of new parameters and of every order.
     """
 
@@ -236,6 +247,7 @@ class TrainConfig:
     remat: str = "none"
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
+    layer_drop: float | None = None
     seed: int = 42
 
     def __post_init__(self):
@@ -253,6 +265,8 @@ class TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs}: give one of them")
         _check_least(1, "", self, "epochs" if self.steps is None else "steps")
+        if self.layer_drop is not None and not 0 <= self.layer_drop < 1:
+            raise ValueError(f"layer_drop {self.layer_drop} must be at least 0 and below 1")
 
 
 # What may differ when a run is continued: it changes no number that the run computes.

@@ -68,6 +68,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
             index_folder=index,
             epochs=config.epochs,
             steps=config.steps,
+            layer_drop=config.layer_drop,
         )
     report = StepReport(config, card.config, feeding, assigned, trainable)
     buckets, steps = look_at(feeding), len(feeding.schedule)
@@ -100,9 +101,10 @@ def look_at(feeding: Feeding) -> list[Bucket]:
 
 def _shapes(config: TrainConfig, card, feeding: Feeding, buckets, report: StepReport) -> Table:
     """One line per shape: every array of the batch, how often, what it costs."""
-    clips, size = feeding.schedule.max_clips, card.image.size
+    clips, sounds = feeding.schedule.max_clips, feeding.schedule.max_sounds
+    size, tower = card.image.size, card.config.audio
     table = Table(title="Batches", caption="each line is one compiled program")
-    for name in ("tokens", "frames", "clips"):
+    for name in ("tokens", "frames", "clips", *(["audio"] if sounds else [])):
         table.add_column(name)
     for name in ("steps", "records a step", "model FLOPs"):
         table.add_column(name, justify="right")
@@ -112,6 +114,7 @@ def _shapes(config: TrainConfig, card, feeding: Feeding, buckets, report: StepRe
             f"[{config.rows}, {bucket.length}]",
             f"[{config.rows}, {frames}, {size}, {size}, 3]" if clips else "-",
             f"[{config.rows}, {clips}, {card.config.num_frames}]" if clips else "-",
+            *([f"[{config.rows}, {sounds}, {tower.num_frames}, 128]"] if sounds else []),
             f"{bucket.steps:,}",
             f"{bucket.records / bucket.steps:.1f}",
             f"{report.model_flops(bucket.length):.3g}",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
-from vllama2_jax.data.assemble import Assembler, ClipReader
+from vllama2_jax.data.assemble import Assembler, ClipReader, Hearing, SoundReader
 from vllama2_jax.data.check_report import read_usable
 from vllama2_jax.data.examples import RecordFormat, Subset
 from vllama2_jax.data.frame_cache import CachedClipReader
@@ -62,6 +62,7 @@ class _Records(NamedTuple):
     source: Subset
     index: Index
     reader: ClipReader | ToyboxReader
+    listener: SoundReader | None
     fingerprint: str
 
 
@@ -76,6 +77,7 @@ def make_feeding(
     epochs: int | None = None,
     steps: int | None = None,
     held_out: ValidationConfig | None = None,
+    layer_drop: float | None = None,
 ) -> Feeding:
     """Open the sources, index them, and plan every step.
 
@@ -88,6 +90,7 @@ def make_feeding(
       index_folder: where length indices are kept.
       epochs, steps: how long, one of them.
       held_out: read these sources instead, each once and in this process.
+      layer_drop: of the audio tower, which validation never has; None is the tower's own.
 
     Raises:
       ValueError: if the data cannot be read, or the configuration cannot be meant.
@@ -98,7 +101,9 @@ def make_feeding(
         sources = tuple(dataclasses.replace(s, share=None) for s in held_out.sources)
         epochs = 1
     media_tokens = card.config.num_media_tokens()
-    max_length = data.max_length or _rounded(media_tokens - 1 + data.max_tokens)
+    sound_tokens = card.config.num_sound_tokens
+    beside = media_tokens + sound_tokens - 1
+    max_length = data.max_length or _rounded(beside + data.max_tokens)
     form = RecordFormat(
         tokenizer=tokenizer,
         template=card.template or choose_template(card.config.decoder.family, tokenizer),
@@ -106,6 +111,7 @@ def make_feeding(
         media_tokens=media_tokens,
         max_tokens=data.max_tokens,
         max_length=max_length,
+        sound_tokens=sound_tokens,
     )
     if not sources:
         raise ValueError("nothing to train on; name a file of records (--data FILE)")
@@ -113,21 +119,30 @@ def make_feeding(
     opened = [_open(source, form, card, index_folder, limit, data.workers) for source in sources]
     indices = [records.index for records in opened]
     names, codes = joint_datasets(indices)
-    # Of text alone, neither tower nor connector need to run.
+    # What no record has, towers and connectors need not run for.
     max_clips = data.max_clips if any(index.clips.any() for index in indices) else 0
+    max_sounds = data.max_clips if any(index.sounds.any() for index in indices) else 0
+    if max_sounds and card.sound is None:
+        raise ValueError(
+            f"records hold sound, and the model {card.config.name} does not hear; start from one "
+            "that does, such as 2.1-7B-AV, or take `audio` out of them"
+        )
     shares = [source.share for source in sources]
     mixture = _mixture(data, [len(index) for index in indices], shares, seed)
     if epochs is not None and not mixture.finite:
         raise ValueError("a mixture by weights has no epochs; say how many steps to take (--steps)")
     schedule = Schedule(
         mixture,
-        [form.slots(index.text_tokens, index.clips) for index in indices],
+        [form.slots(index.text_tokens, index.clips, index.sounds) for index in indices],
         [index.clips for index in indices],
+        [index.sounds for index in indices],
         rows=rows,
         max_length=max_length,
         max_clips=max_clips,
+        max_sounds=max_sounds,
         packing=data.packing,
-        buckets=data.buckets or default_buckets(media_tokens, data.max_tokens, max_length),
+        buckets=data.buckets
+        or default_buckets(media_tokens, data.max_tokens, max_length, sound_tokens),
         epochs=None if steps else epochs,
         num_steps=steps,
         window=_window(mixture.round_length, rows),
@@ -139,6 +154,7 @@ def make_feeding(
         num_frames=card.config.num_frames,
         image_size=card.image.size,
         max_clips=max_clips,
+        hearing=_hearing(card, opened, max_sounds, 0.0 if held_out else layer_drop, seed),
         dataset_codes=codes,
     )
     # A wrong media root must not pass for bad luck.
@@ -151,6 +167,20 @@ def make_feeding(
     return Feeding(schedule, feed, names, fingerprints)
 
 
+def _hearing(card, opened, max_sounds: int, layer_drop: float | None, seed: int) -> Hearing | None:
+    if not max_sounds:
+        return None
+    tower = card.config.audio
+    return Hearing(
+        listeners=tuple(records.listener for records in opened),
+        num_frames=tower.num_frames,
+        max_sounds=max_sounds,
+        num_layers=tower.num_layers,
+        layer_drop=tower.layer_drop if layer_drop is None else layer_drop,
+        seed=seed,
+    )
+
+
 def _window(epoch: int, rows: int) -> int:
     """Positions that are planned together.
 
@@ -160,9 +190,17 @@ def _window(epoch: int, rows: int) -> int:
     return min(epoch * -(-8 * rows // epoch), _WINDOW) if epoch < _WINDOW else _WINDOW
 
 
-def default_buckets(media_tokens: int, max_tokens: int, max_length: int) -> tuple[int, ...]:
-    """Lengths of rows for short text, a clip with short text, with longer text, and the longest."""
-    lengths = (max_tokens // 4, media_tokens + max_tokens // 8, media_tokens + max_tokens // 2)
+def default_buckets(
+    media_tokens: int, max_tokens: int, max_length: int, sound_tokens: int = 0
+) -> tuple[int, ...]:
+    """Lengths of rows for short text, media with short text, with longer text, and the longest.
+
+    Media are a clip; of a model that hears, a clip or a sound, and both.
+    """
+    both = media_tokens + sound_tokens
+    lengths = (max_tokens // 4, both + max_tokens // 8, both + max_tokens // 2)
+    if sound_tokens:
+        lengths = (*lengths, max(media_tokens, sound_tokens) + max_tokens // 8)
     rounded = {length for length in map(_rounded, lengths) if length < max_length}
     return (*sorted(rounded), max_length)
 
@@ -182,16 +220,17 @@ def _open(
     if isinstance(config, ToyboxConfig):
         source = ToyboxSource(config.records, config.kind, config.split, config.seed, config.told)
         reader, report = ToyboxReader(card.image.size, card.config.num_frames), ""
+        listener = None
     else:
         source, report = open_source(config.file), config.report
-        reader = ClipReader(
-            spec=card.image,
-            num_frames=card.config.num_frames,
+        how = dict(
             preset=card.preset,
             root=config.media_root or os.path.dirname(config.file) or ".",
             # Each worker has a core of its own, hardly more.
             limits=Limits(max_threads=1 if workers else 0),
         )
+        reader = ClipReader(spec=card.image, num_frames=card.config.num_frames, **how)
+        listener = SoundReader(spec=card.sound, **how) if card.sound else None
         if config.frames:
             reader = CachedClipReader(config.frames, source, reader)
     with bar(f"indexing {config.name}", unit="records") as progress:
@@ -208,7 +247,7 @@ def _open(
         numbers = read_usable(report, source.fingerprint)
     numbers = numbers[:limit]
     digest = hashlib.sha256(source.fingerprint.encode() + numbers.tobytes()).hexdigest()
-    return _Records(Subset(source, numbers), index.take(numbers), reader, digest)
+    return _Records(Subset(source, numbers), index.take(numbers), reader, listener, digest)
 
 
 def _mixture(data: DataConfig, sizes: Sequence[int], shares: Sequence, seed: int) -> Mixture:

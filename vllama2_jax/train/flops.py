@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vllama2_jax.models.config import PARTS, VLlama2Config
+from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.flops import forward_products
 
 ACTIONS = ("train", "lora", "freeze")
@@ -18,7 +18,7 @@ ACTIONS = ("train", "lora", "freeze")
 # needs its last product, whose result is only added; "dots" keeps the products with parameters, but
 # not those of experts, which are no plain `dot_general`.
 _EXPERTS = {"decoder/moe/gate_up", "decoder/moe/down"}  # the router's gradient needs their result
-_SCORES = {"vision/attention/scores", "decoder/attention/scores"}
+_SCORES = {"vision/attention/scores", "audio/attention/scores", "decoder/attention/scores"}
 _RECOMPUTED = {
     "none": frozenset(),
     "dots": frozenset(_SCORES | _EXPERTS),
@@ -26,8 +26,19 @@ _RECOMPUTED = {
         _SCORES
         | _EXPERTS
         | {"vision/attention/projections", "vision/mlp/fc1"}
+        | {"audio/attention/projections", "audio/attention/gate", "audio/mlp/fc1"}
         | {"decoder/attention/projections", "decoder/mlp/gate_up", "decoder/moe/router"}
     ),
+}
+
+
+# What a part's input is made of.
+_BELOW = {
+    "vision": (),
+    "connector": ("vision",),
+    "audio": (),
+    "audio_connector": ("audio",),
+    "decoder": ("vision", "connector", "audio", "audio_connector"),
 }
 
 
@@ -51,6 +62,7 @@ def step_flops(
     length: int,
     frames: int,
     clips: int,
+    sounds: int = 0,
     steps: int | None = None,
     remat: str = "none",
     loss_chunk: int | None = None,
@@ -70,11 +82,11 @@ def step_flops(
 
     Args:
       config: the shapes.
-      actions: how each of "vision", "connector" and "decoder" trains: "train" (its parameters),
-        "lora" (adapters beside them, see `adapter_params`) or "freeze". A part that trains here
-        and there counts as one or the other.
+      actions: how each of `config.parts` trains: "train" (its parameters), "lora" (adapters beside
+        them, see `adapter_params`) or "freeze". A part that trains here and there counts as one or
+        the other.
       rows: of the whole step: of all devices, of all micro-batches.
-      length, frames, clips, steps: of a row, as in `forward_flops`.
+      length, frames, clips, sounds, steps: of a row, as in `forward_flops`.
       remat: of the model, a name in `REMAT_POLICIES`.
       loss_chunk: of `LossConfig`; logits of chunks are computed again.
       adapter_params: of LoRA in the decoder; each takes part once per slot (an expert's `top_k` /
@@ -83,8 +95,8 @@ def step_flops(
     Raises:
       ValueError: for parts, actions or policies that are unknown or missing.
     """
-    if set(actions) != set(PARTS):
-        raise ValueError(f"actions must name {', '.join(PARTS)}, not {', '.join(actions)}")
+    if set(actions) != set(config.parts):
+        raise ValueError(f"actions must name {', '.join(config.parts)}, not {', '.join(actions)}")
     for part, action in actions.items():
         if action not in ACTIONS:
             raise ValueError(f"{part}: unknown action {action!r}; known: {', '.join(ACTIONS)}")
@@ -93,15 +105,14 @@ def step_flops(
     again = set(_RECOMPUTED[remat])
     if loss_chunk is not None and loss_chunk < length:
         again.add("decoder/lm_head")
-    shape = dict(rows=rows, length=length, frames=frames, clips=clips, steps=steps)
+    shape = dict(rows=rows, length=length, frames=frames, clips=clips, sounds=sounds, steps=steps)
     products = forward_products(config, **shape)
     running = {product.part for product in products}
-    learning = [part for part in PARTS if actions[part] != "freeze" and part in running]
+    learning = [part for part, action in actions.items() if action != "freeze" and part in running]
     adapters = 2 * rows * length * adapter_params
     model, hardware = 3 * adapters, (4 if remat == "full" else 3) * adapters
     for product in products:
-        before = PARTS[: PARTS.index(product.part)]
-        below = any(part in learning for part in before)
+        below = any(part in learning for part in _BELOW[product.part])
         passes = 1
         if below or product.part in learning:
             passes += below or not product.entry

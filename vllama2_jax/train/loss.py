@@ -173,7 +173,7 @@ def batch_loss(
 ) -> LossSums:
     """Cross entropy over the supervised tokens of a batch, and what `config` adds to it.
 
-    A batch whose `frames` are None is text alone: tower and connector do not run.
+    Towers of media that the batch does not have do not run.
 
     Args:
       model: the network.
@@ -192,11 +192,8 @@ def batch_loss(
       ValueError: for `load_balancing` and a decoder without experts.
     """
     variables = {"params": params}
-    media, media_index = None, None
-    if batch.frames is not None:
-        clips = (batch.frames, batch.clip_frames, batch.clip_mask)
-        media = model.apply(variables, *clips, method="encode")
-        media_index = batch.media_index
+    media = model.apply(variables, batch, method="media_tokens")
+    media_index = None if media is None else batch.media_index
     hidden, _, *router_logits = model.apply(
         variables,
         *(batch.tokens, batch.positions, batch.segment_ids, media, media_index),

@@ -80,7 +80,7 @@ class StepReport:
     def model_flops(self, length: int) -> int:
         """FLOPs of a step whose rows have so many slots (`flops.StepFlops.model`)."""
         if length not in self._flops:
-            clips = self._feeding.schedule.max_clips
+            clips, sounds = self._feeding.schedule.max_clips, self._feeding.schedule.max_sounds
             self._flops[length] = step_flops(
                 self._network,
                 self._actions,
@@ -88,6 +88,7 @@ class StepReport:
                 length=length,
                 frames=clips * self._network.num_frames,
                 clips=clips,
+                sounds=sounds,
                 remat=self._config.remat,
                 loss_chunk=self._config.loss.chunk,
                 adapter_params=self._adapter_params,

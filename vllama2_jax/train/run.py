@@ -92,6 +92,7 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             index_folder=out / INDEX,
             epochs=config.epochs,
             steps=config.steps,
+            layer_drop=config.layer_drop,
         )
         validation = None
         if config.validation.sources:

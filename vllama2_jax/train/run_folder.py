@@ -148,11 +148,13 @@ def introduce(
 
 
 def _anywhere(start: StartConfig) -> StartConfig:
-    """With whole names of folders, so that the run can be asked from elsewhere."""
+    """With whole names of folders and files, so that the run can be asked from elsewhere."""
+    kinds = dict.fromkeys(("model", "vision", "decoder"), os.path.isdir)
+    kinds["audio"] = os.path.isfile
     whole = {
         field: os.path.abspath(name)
         for field, name in dataclasses.asdict(start).items()
-        if field in ("model", "vision", "decoder") and os.path.isdir(name)
+        if field in kinds and kinds[field](name)
     }
     return dataclasses.replace(start, **whole)
 

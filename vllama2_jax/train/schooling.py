@@ -24,7 +24,7 @@ from vllama2_jax.data.toybox_labels import labelled_clips, picture_batches
 from vllama2_jax.data.toybox_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
 from vllama2_jax.media.image import ImageSpec
 from vllama2_jax.media.preset import REFERENCE
-from vllama2_jax.models.config import PARTS, VLlama2Config
+from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.models.zoo import model_config
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
@@ -98,7 +98,7 @@ def school(
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(Path(folder) / "tokenizer.model")
         tokenizer = load_tokenizer(folder)
-        params = random_parts(config, list(PARTS), seed, None, narrow=True)
+        params = random_parts(config, list(config.parts), seed, None, narrow=True)
         for lesson in lessons:
             begin = time.perf_counter()
             params, losses = teach(lesson, params, model_card(config, tokenizer), tokenizer, seed)

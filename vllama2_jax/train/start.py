@@ -17,8 +17,8 @@ from vllama2_jax.checkpoints.run import (
     run_card_folder,
 )
 from vllama2_jax.checkpoints.store import TOKENIZER, flatten, float_dtype, unflatten
-from vllama2_jax.convert.parts import describe_decoder, read_decoder, read_vision
-from vllama2_jax.models.config import PARTS, VLlama2Config, config_from_dict
+from vllama2_jax.convert.parts import describe_decoder, read_audio, read_decoder, read_vision
+from vllama2_jax.models.config import AudioConnectorConfig, VLlama2Config, config_from_dict
 from vllama2_jax.models.vllama2 import init_params
 from vllama2_jax.models.zoo import connector_config, model_config
 from vllama2_jax.train.config import RANDOM, STORED, StartConfig
@@ -35,13 +35,13 @@ def describe_start(start: StartConfig) -> tuple[ModelCard, Path]:
       CheckpointError: if a part cannot be found.
       ValueError: if the parts do not make a model, saying why.
     """
-    wanted = [getattr(start, part) for part in PARTS]
-    if start.connector not in (STORED, RANDOM):
-        raise ValueError(
-            f"start.connector {start.connector!r} must be {STORED!r} or {RANDOM!r}; a connector "
-            "comes with its model, or anew"
-        )
-    if STORED in wanted:
+    for part in ("connector", "audio_connector"):
+        if getattr(start, part) not in (STORED, RANDOM):
+            raise ValueError(
+                f"start.{part} {getattr(start, part)!r} must be {STORED!r} or {RANDOM!r}; a "
+                "connector comes with its model, or anew"
+            )
+    if STORED in (start.vision, start.connector, start.decoder):
         card, tokenizer = describe(start.model)
         config = card.config
     else:
@@ -63,8 +63,34 @@ def describe_start(start: StartConfig) -> tuple[ModelCard, Path]:
         connector = connector_config(start.connector_kind, *widths)
         if connector.depth and config.connector.depth:  # as deep as the model's own, if both are
             connector = dataclasses.replace(connector, depth=config.connector.depth)
-        card = dataclasses.replace(card, config=dataclasses.replace(config, connector=connector))
-    return card, tokenizer
+        config = dataclasses.replace(config, connector=connector)
+    if start.hearing:
+        config = _with_hearing(start, config)
+    elif start.audio_connector_kind:
+        raise ValueError(
+            f"start.audio_connector_kind {start.audio_connector_kind!r} is for what start.hearing "
+            "adds; name a model there"
+        )
+    return dataclasses.replace(card, config=config), tokenizer
+
+
+def _with_hearing(start: StartConfig, config: VLlama2Config) -> VLlama2Config:
+    """The network with the audio tower and connector that `start.hearing` names."""
+    if config.audio:
+        raise ValueError(
+            f"start.hearing {start.hearing!r} is for a model that does not hear; {start.model} does"
+        )
+    if STORED in (start.audio, start.audio_connector):
+        raise ValueError(
+            f"start.hearing {start.hearing!r}: let start.audio be {RANDOM!r} or a file, and "
+            f"start.audio_connector {RANDOM!r}; {start.model} stores neither"
+        )
+    other = model_config(start.hearing)
+    if other.audio is None:
+        raise ValueError(f"start.hearing {start.hearing!r} does not hear either; try 2.1-7B-AV")
+    kind = start.audio_connector_kind or other.audio_connector.kind
+    connector = AudioConnectorConfig(kind, other.audio.width, config.decoder.width)
+    return dataclasses.replace(config, audio=other.audio, audio_connector=connector)
 
 
 def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, ModelCard, Path]:
@@ -84,7 +110,8 @@ def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, Mo
       ValueError: if the parts do not make a model, saying why.
     """
     card, tokenizer = describe_start(start)
-    params, wanted = {}, {part: getattr(start, part) for part in PARTS}
+    parts = card.config.parts
+    params, wanted = {}, {part: getattr(start, part) for part in parts}
     if STORED in wanted.values():
         stored, *_ = read(find(start.model), dtype, scan_layers=True, progress=progress)
         params |= {part: stored[part] for part, origin in wanted.items() if origin == STORED}
@@ -93,7 +120,9 @@ def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, Mo
         params["vision"] = read_vision(wanted["vision"], card.config, dtype, progress)
     if wanted["decoder"] not in (STORED, RANDOM):
         params["decoder"] = read_decoder(wanted["decoder"], card.config, dtype, progress)
-    missing = [part for part in PARTS if part not in params]
+    if wanted.get("audio", STORED) not in (STORED, RANDOM):
+        params["audio"] = read_audio(wanted["audio"], card.config, dtype, progress)
+    missing = [part for part in parts if part not in params]
     if missing:
         params |= random_parts(card.config, missing, seed, dtype, narrow=start.narrow)
     return params, card, tokenizer
@@ -159,7 +188,8 @@ def prepare(
     kept = {path for path, rule in assigned.items() if rule.action != "train"}
     for path in kept:
         flat[path] = flat[path].astype(dtype)
-    made = tuple(f"{part}/" for part in PARTS if getattr(start, part) == RANDOM)
+    parts = {path.split("/", 1)[0] for path in flat}
+    made = tuple(f"{part}/" for part in parts if getattr(start, part) == RANDOM)
     reference = fingerprints({p: flat[p] for p in sorted(kept) if not p.startswith(made)})
     params = adapt(unflatten(flat), rules, jax.random.key(seed))
     assigned = assign_rules(rules, params)

@@ -12,6 +12,7 @@ from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.store import flatten, float_dtype
 from vllama2_jax.data.assemble import Fault
 from vllama2_jax.data.records import Record
+from vllama2_jax.infer.media import ReadMedia
 from vllama2_jax.infer.model import Model
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.progress import bar
@@ -126,17 +127,16 @@ class Validation:
         """The records that can be read, and of each its media and first question."""
         assembler = self._feeding.feed.assembler
         records, pairs = [], []
-        for source, reader in zip(assembler.sources, assembler.readers, strict=True):
+        for place, source in enumerate(assembler.sources):
             for number in range(len(source)):
                 try:
                     record = source[number]
-                    media, question = None, record.turns[0][0]
-                    if record.media is not None:
-                        clip = reader(source, number, record.media)
-                        media = clip.frames[0] if clip.is_image else clip.frames[clip.frame_index]
-                        question = question.replace(f"<{record.media.kind}>", "", 1)
+                    media = ReadMedia(*assembler.read_media(place, number, record.media, seed=0))
                 except ValueError:
                     continue  # it is among the faults, since the loss was there first
+                question = record.turns[0][0]
+                if record.media is not None:
+                    question = question.replace(record.media.placeholder, "", 1)
                 records.append(record)
                 pairs.append((media, question.strip()))
         return records, pairs

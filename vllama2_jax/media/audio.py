@@ -1,0 +1,192 @@
+"""The sound track of a file, decoded where it is asked for (PyAV).
+
+Runs inside the decoder subprocess (`decoder.py`).
+"""
+
+import math
+from collections.abc import Iterator
+
+import av
+import numpy as np
+
+from vllama2_jax.media.container import cut_short
+from vllama2_jax.media.errors import Limits, MediaError
+from vllama2_jax.media.fbank import SAMPLE_RATE
+from vllama2_jax.media.ffmpeg import DAMAGED, open_file
+
+# Decoding begins so much before what is wanted: a packet may lean on some before it.
+_LEAD_SECONDS = 1.0
+# A header may promise this much more than the packets hold: encoders count their own padding.
+_TOLERANCE_SECONDS = 0.5
+_NO_SOUND = "holds no sound"
+# Formats whose packets follow each other without gaps.
+_UNBROKEN = ("aac", "flac", "mp3", "wav")
+
+
+class AudioFile:
+    """The first sound track of an open file.
+
+    Attributes:
+      has_track: whether there is one; without, nothing else here may be used.
+      seconds: its length, as its packets tell.
+      rate: its samples per second.
+      channels: how many.
+    """
+
+    def __init__(self, path: str, limits: Limits):
+        """Open the file and list the track's packets, decoding nothing.
+
+        Raises:
+          MediaError: not a file with sound or footage, or one that is cut short.
+        """
+        self.path, self._limits = path, limits
+        self._container = open_file(path, _NO_SOUND)
+        self.has_track = bool(self._container.streams.audio)
+        if self.has_track:
+            self._stream = self._pick_stream()
+            context = self._stream.codec_context
+            self.rate, self.channels = context.sample_rate, context.channels
+            self._scan()
+
+    def close(self):
+        """Close the file."""
+        self._container.close()
+
+    def _pick_stream(self):
+        stream = self._container.streams.audio[0]
+        for other in self._container.streams:
+            if other.index != stream.index:
+                other.discard = av.stream.Discard.all
+        if stream.codec_context is None:
+            raise MediaError(
+                self.path, "its sound codec is not known to FFmpeg", "convert it to AAC or FLAC"
+            )
+        return stream
+
+    def _scan(self):
+        """Read every packet's time; nothing is decoded."""
+        base, held = self._stream.time_base, 0
+        first = end = None
+        for packet in self._container.demux(self._stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                length = packet.duration or 0
+                first = packet.pts if first is None else min(first, packet.pts)
+                end, held = max(end or 0, packet.pts + length), held + length
+        cut = cut_short(self.path)
+        if first is None or end <= first or not self.rate:
+            raise MediaError(self.path, cut or _NO_SOUND, DAMAGED)
+        # Samples before the start of the track serve to warm the decoder up and are not given.
+        if self._stream.start_time is not None:
+            first = max(first, self._stream.start_time)
+        self._begin = float(first * base)
+        self.seconds = float((end - first) * base)
+        promised = float((self._stream.duration or 0) * base)
+        if cut or self.seconds < promised - _TOLERANCE_SECONDS:
+            cause = (
+                f"is cut short: its header speaks of {promised:.1f} s of sound, "
+                f"{self.seconds:.1f} s are there"
+            )
+            raise MediaError(self.path, cut or cause, DAMAGED)
+        held = float(held * base)
+        # FFmpeg skips what is damaged. Other containers may leave sound out where there is none.
+        if self._container.format.name in _UNBROKEN and held < self.seconds - _TOLERANCE_SECONDS:
+            cause = f"is damaged: of {self.seconds:.1f} s of sound {held:.1f} s can be read"
+            raise MediaError(self.path, cause, DAMAGED)
+
+    def mixed(self, start: float, end: float) -> np.ndarray:
+        """All channels mixed, at 16 kHz, as `ffmpeg -ac 1 -ar 16000 -f s16le` gives them.
+
+        Args:
+          start, end: seconds from the start of the track.
+
+        Returns:
+          float32 [n] in steps of 1 / 32768; shorter than asked where the track ends before.
+        """
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        parts, begin = [np.zeros(0, np.int16)], None
+        for time, frame in self._frames(start, end):
+            if begin is None:
+                frame, begin = self._on_grid(frame, time)
+            frame.pts = None  # gaps are closed, as the command does
+            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+        samples = np.concatenate(parts)
+        return self._between(samples, SAMPLE_RATE, begin, start, end) / np.float32(1 << 15)
+
+    def _on_grid(self, frame: av.AudioFrame, time: float) -> tuple[av.AudioFrame, float]:
+        """A frame that begins where a sample at 16 kHz does when counted from the track's start.
+
+        So a stretch holds the very samples that the whole track holds there.
+        """
+        place, grid = round(time * self.rate), self.rate // math.gcd(self.rate, SAMPLE_RATE)
+        late = -place % grid
+        if late >= frame.samples:
+            return frame, time
+        samples = frame.to_ndarray()
+        samples = samples[:, late * (1 if frame.format.is_planar else len(frame.layout.channels)) :]
+        cut = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(samples), frame.format.name, frame.layout.name
+        )
+        cut.sample_rate = frame.sample_rate
+        return cut, (place + late) / self.rate
+
+    def first_channel(self, start: float, end: float) -> np.ndarray:
+        """The first channel at the track's own rate, as `soundfile.read` gives it.
+
+        Args:
+          start, end: seconds from the start of the track.
+
+        Returns:
+          float64 [n] within [-1, 1]; shorter than asked where the track ends before.
+        """
+        parts, begin = [np.zeros(0)], None
+        for time, frame in self._frames(start, end):
+            begin = time if begin is None else begin
+            parts.append(_first_of(frame))
+        return self._between(np.concatenate(parts), self.rate, begin, start, end)
+
+    def _between(self, samples, rate: int, begin: float | None, start: float, end: float):
+        first = max(0, round((start - (begin or 0.0)) * rate))
+        return samples[first : first + round((end - start) * rate)]
+
+    def _frames(self, start: float, end: float) -> Iterator[tuple[float, av.AudioFrame]]:
+        """Decoded frames that touch a stretch, with the seconds at which each begins."""
+        self._container.close()
+        self._container = open_file(self.path, _NO_SOUND)
+        self._stream = self._pick_stream()
+        base, position = float(self._stream.time_base), None
+        first, last = (seconds + self._begin for seconds in (start - _LEAD_SECONDS, end))
+        for packet in self._container.demux(self._stream):
+            time = None if packet.pts is None else float(packet.pts * base)
+            if time is not None and time + float((packet.duration or 0) * base) < first:
+                continue
+            if time is not None and time > last + _LEAD_SECONDS:
+                break
+            for frame in self._decode(packet, time):
+                # Counted on from the first: containers round the times of packets.
+                if position is None:
+                    given = self._begin if frame.pts is None else float(frame.pts * frame.time_base)
+                    position = given - self._begin
+                yield position, frame
+                position += frame.samples / frame.sample_rate
+
+    def _decode(self, packet, time: float | None):
+        try:
+            return packet.decode()
+        except av.FFmpegError as error:
+            at = "" if time is None else f" at {time - self._begin:.1f} s"
+            raise MediaError(
+                self.path, f"its sound cannot be decoded{at} ({error.strerror})", DAMAGED
+            ) from None
+
+
+_FULL_SCALE = {"u8": 1 << 7, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63, "flt": 1, "dbl": 1}
+
+
+def _first_of(frame: av.AudioFrame) -> np.ndarray:
+    """float64 [n] of a frame's first channel."""
+    samples = frame.to_ndarray()
+    samples = samples[0] if frame.format.is_planar else samples[0, :: len(frame.layout.channels)]
+    kind = frame.format.name.removesuffix("p")
+    offset = 1 << 7 if kind == "u8" else 0
+    return (samples.astype(np.float64) - offset) / _FULL_SCALE[kind]
