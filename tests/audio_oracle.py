@@ -51,7 +51,7 @@ def kaldi_bank(samples: np.ndarray) -> np.ndarray:
     return torchaudio_kaldi().fbank(scaled, num_mel_bins=128, **options).numpy()
 
 
-def speechbrain_beats(config, seed: int = 0) -> torch.nn.Module:
+def speechbrain_beats(config, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
     """speechbrain's BEATs with the shapes of a `BeatsConfig` and random weights."""
     kaldi = _stand_in("torchaudio.compliance.kaldi", fbank=None)
     dataio = _stand_in("speechbrain.dataio.dataio", length_to_mask=None)
@@ -93,7 +93,7 @@ def speechbrain_beats(config, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.named_parameters():
-            noise = torch.randn(tensor.shape, generator=generator) * 0.1
+            noise = torch.randn(tensor.shape, generator=generator) * std
             is_scale = "norm.weight" in name or name.endswith(("grep_a", "original0"))
             tensor.copy_(noise + 1 if is_scale else noise)
     return network

@@ -16,7 +16,7 @@ _PREEMPHASIS = 0.97
 _FLOOR = np.finfo(np.float32).eps
 _INT16 = 1 << 15  # Kaldi reads samples as 16-bit integers
 # So many windows at a time stay in a core's cache between the passes over them.
-_BLOCK = 128
+_BLOCK = 256
 
 
 def num_frames(samples: int) -> int:
@@ -50,32 +50,33 @@ def filter_bank(samples: np.ndarray) -> np.ndarray:
 
     count = num_frames(len(samples))
     out = np.empty((count, NUM_BINS), np.float32)
-    # Each window's first sample is weighed with zero, so that what stands in front of it, by which
-    # pre-emphasis could differ from window to window, is of no account.
-    scaled = samples.astype(np.float64) * _INT16
-    sharp = scaled.copy()
-    sharp[1:] -= _PREEMPHASIS * scaled[:-1]
     padded = np.zeros((min(_BLOCK, count), _FFT))
+    inside = padded[:, :_WINDOW]
+    # Block by block from the samples on: whole signals would go through memory at every step.
     for begin in range(0, count, _BLOCK):
         rows = min(_BLOCK, count - begin)
-        block, inside = padded[:rows], padded[:rows, :_WINDOW]
+        part = samples[begin * _HOP : begin * _HOP + num_samples(rows)]
+        scaled = np.multiply(part, _INT16, dtype=np.float64)
+        # Each window's first sample is weighed with zero, so that what stands in front of it, by
+        # which pre-emphasis could differ from window to window, is of no account.
+        sharp = scaled.copy()
+        sharp[1:] -= _PREEMPHASIS * scaled[:-1]
         # Kaldi takes the mean away first; pre-emphasis leaves this much of it.
-        mean = _windows(scaled, begin, rows).mean(axis=1, keepdims=True)
-        np.subtract(_windows(sharp, begin, rows), (1 - _PREEMPHASIS) * mean, out=inside)
-        inside *= _window()
-        spectrum = fft.rfft(block)
-        power = np.square(spectrum.real, dtype=np.float32, casting="same_kind")
-        power += np.square(spectrum.imag, dtype=np.float32, casting="same_kind")
+        mean = (1 - _PREEMPHASIS) * _windows(scaled).mean(axis=1, keepdims=True)
+        np.subtract(_windows(sharp), mean, out=inside[:rows])
+        inside[:rows] *= _window()
+        parts = fft.rfft(padded[:rows]).view(np.float64).astype(np.float32)
+        np.square(parts, out=parts)
+        power = parts[:, 0::2] + parts[:, 1::2]
         for bins, bands, weights in _mel_bank():
             np.matmul(power[:, bins], weights, out=out[begin : begin + rows, bands])
     np.maximum(out, _FLOOR, out=out)
     return np.log(out, out=out)
 
 
-def _windows(signal: np.ndarray, first: int, count: int) -> np.ndarray:
-    """A view of so many windows from the first on, [count, 400]."""
-    part = signal[first * _HOP : first * _HOP + num_samples(count)]
-    return np.lib.stride_tricks.sliding_window_view(part, _WINDOW)[::_HOP]
+def _windows(signal: np.ndarray) -> np.ndarray:
+    """A view of a signal's windows, [count, 400]."""
+    return np.lib.stride_tricks.sliding_window_view(signal, _WINDOW)[::_HOP]
 
 
 @functools.cache

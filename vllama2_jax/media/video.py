@@ -72,7 +72,7 @@ class VideoFile:
             raise MediaError(
                 self.path,
                 "holds sound but no video" if sound else "holds no video",
-                "give a file with a picture track",
+                "give a file with a picture track, or ask a model that hears",
             )
         for stream in self._container.streams:
             if stream.index != streams[0].index:

@@ -1,7 +1,7 @@
 """Grouped convolutions with wide windows: on CPU through Fourier transforms of pieces.
 
 Pass `convolve_long` to `flax.linen.Conv(conv_general_dilated=convolve_long)`: same parameters, same
-numbers to rounding. Measured in docs/decisions/convolutions.md.
+numbers to rounding. Measured in docs/decisions/hearing.md.
 """
 
 import jax
