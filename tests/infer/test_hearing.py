@@ -167,6 +167,28 @@ def test_batches_of_all_kinds_equal_single_questions(model, files):
     assert batch == [model.ask(*pair, max_new_tokens=5) for pair in pairs]
 
 
+def test_the_seed_of_a_batch_chooses_what_is_heard_as_that_of_a_question(model, files, monkeypatch):
+    card = dataclasses.replace(
+        model.card,
+        preset=dataclasses.replace(PAPER, sound=dataclasses.replace(PAPER.sound, random_crop=True)),
+    )
+    monkeypatch.setattr(model, "card", card)
+    starts = []
+    read = model.read_media
+
+    def note(*args, **options):
+        media = read(*args, **options)
+        starts.append(media.sound.heard[0][0])
+        return media
+
+    monkeypatch.setattr(model, "read_media", note)
+    with pytest.warns(UserWarning, match="are heard"):
+        for seed in (1, 2):
+            model.ask(files / "long.wav", "What?", max_new_tokens=1, seed=seed)
+            model.ask_batch([(files / "long.wav", "What?")], max_new_tokens=1, seed=seed)
+    assert starts[0] == starts[1] != starts[2] == starts[3]
+
+
 def test_a_conversation_keeps_what_was_heard(model, files):
     session = model.session(files / "film.mkv")
     first = session.ask("What?", max_new_tokens=4)

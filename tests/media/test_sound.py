@@ -198,6 +198,15 @@ def test_missing_track_is_an_error_unless_silence_is_asked_for(tmp_path):
         with pytest.raises(MediaError) as caught:
             load_sound(path, spec=SHORT)
         assert caught.value.cause == words
-        sound = load_sound(path, spec=SHORT, joint=True, silence=True)
-        assert sound.heard == () and sound.seconds == 0.0
-        np.testing.assert_allclose(sound.bank, -15.942385, atol=1e-5)
+        for preset, level in ((PAPER, -15.942385), (REFERENCE, -15.9375)):
+            sound = load_sound(path, spec=SHORT, preset=preset, joint=True, silence=True)
+            assert sound.heard == () and sound.seconds == 0.0
+            np.testing.assert_allclose(sound.bank, level, atol=1e-6)
+
+
+def test_formats_that_state_no_length_are_not_cut_short(tmp_path):
+    """A bit rate that rises from silence on makes FFmpeg's guess far too long."""
+    samples = np.concatenate([np.zeros((1, 16000 * 4), np.int16), noise(8, 16000)], axis=1)
+    for name, codec in (("s.aac", "aac"), ("s.mp3", "libmp3lame")):
+        path = write_coded(tmp_path / name, samples, 16000, codec)
+        assert load_sound(path, spec=SHORT, preset=PAPER).seconds == pytest.approx(12, abs=0.3)

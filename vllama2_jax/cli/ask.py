@@ -87,6 +87,7 @@ def _chosen(options) -> tuple[dict, dict]:
         start=options.start,
         end=options.end,
         num_frames=options.num_frames,
+        seed=options.seed,
     )
     sampling = dict(
         max_new_tokens=options.max_new_tokens,

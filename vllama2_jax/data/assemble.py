@@ -147,7 +147,7 @@ class SoundReader:
                 start=media.start,
                 end=media.end,
                 seed=seed,
-                silence=media.seen,
+                silence=media.seen and media.sound is None,
                 limits=self.limits,
             )
         return sound.bank

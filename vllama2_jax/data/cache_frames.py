@@ -104,7 +104,7 @@ class _Clips:
         for number in range(len(source)):
             with contextlib.suppress(RecordError):  # the pipeline names it when its turn comes
                 media = source[number].media
-                if media is not None:
+                if media is not None and media.seen:
                     first.setdefault(media, number)
         self._numbers = list(first.values())
 

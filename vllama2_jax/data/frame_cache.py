@@ -139,7 +139,8 @@ def cache_key(source: Source, reader: ClipReader) -> dict:
         "records": source.fingerprint,
         "spec": dataclasses.asdict(reader.spec),
         "num_frames": reader.num_frames,
-        "preset": dataclasses.asdict(reader.preset),
+        # How sound is read decides no frame.
+        "preset": {k: v for k, v in dataclasses.asdict(reader.preset).items() if k != "sound"},
     }
     return json.loads(json.dumps(key))
 
@@ -147,7 +148,7 @@ def cache_key(source: Source, reader: ClipReader) -> dict:
 def _media(clip: dict) -> Media:
     source = clip["source"]
     source = source if isinstance(source, str) else tuple(source)
-    return Media(clip["kind"], source, clip["start"], clip["end"])
+    return Media(clip["kind"], source, clip["start"], clip["end"], clip.get("sound"))
 
 
 def file_stamps(source, media: Media, root: str) -> list | None:

@@ -305,5 +305,6 @@ def _path_key(media) -> str | None:
 def _split(options: dict) -> tuple[dict, dict]:
     """Options of media from those of sampling."""
     names = ("modality", "start", "end", "num_frames")
-    media = {name: value for name, value in options.items() if name in names}
+    # A seed is of both: of the stretch that is heard, and of what is drawn.
+    media = {name: value for name, value in options.items() if name in (*names, "seed")}
     return media, {name: value for name, value in options.items() if name not in names}

@@ -12,7 +12,7 @@ import numpy as np
 from vllama2_jax.media.container import cut_short
 from vllama2_jax.media.errors import Limits, MediaError
 from vllama2_jax.media.fbank import SAMPLE_RATE
-from vllama2_jax.media.ffmpeg import DAMAGED, open_file
+from vllama2_jax.media.ffmpeg import DAMAGED, open_file, picture_streams
 
 # Decoding begins so much before what is wanted: a packet may lean on some before it.
 _LEAD_SECONDS = 1.0
@@ -21,6 +21,10 @@ _TOLERANCE_SECONDS = 0.5
 _NO_SOUND = "holds no sound"
 # Formats whose packets follow each other without gaps.
 _UNBROKEN = ("aac", "flac", "mp3", "wav")
+# Formats that state no length, so that FFmpeg guesses one from the first bit rate; of MP3 only a
+# file with one of these marks near its start does.
+_GUESSED = ("aac", "amr", "mp3")
+_MP3_LENGTHS = (b"Xing", b"Info", b"VBRI")
 
 
 class AudioFile:
@@ -67,12 +71,15 @@ class AudioFile:
         """Read every packet's time; nothing is decoded."""
         base, held = self._stream.time_base, 0
         first = end = None
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets():
             if packet.size and packet.pts is not None and not packet.is_discard:
                 length = packet.duration or 0
                 first = packet.pts if first is None else min(first, packet.pts)
                 end, held = max(end or 0, packet.pts + length), held + length
         cut = cut_short(self.path)
+        if first is None and not cut and picture_streams(self._container):
+            self.has_track = False  # there is one, without any sound in it
+            return
         if first is None or end <= first or not self.rate:
             raise MediaError(self.path, cut or _NO_SOUND, DAMAGED)
         # Samples before the start of the track serve to warm the decoder up and are not given.
@@ -80,7 +87,7 @@ class AudioFile:
             first = max(first, self._stream.start_time)
         self._begin = float(first * base)
         self.seconds = float((end - first) * base)
-        promised = float((self._stream.duration or 0) * base)
+        promised = float((self._stream.duration or 0) * base) if self._states_length() else 0.0
         if cut or self.seconds < promised - _TOLERANCE_SECONDS:
             cause = (
                 f"is cut short: its header speaks of {promised:.1f} s of sound, "
@@ -92,6 +99,23 @@ class AudioFile:
         if self._container.format.name in _UNBROKEN and held < self.seconds - _TOLERANCE_SECONDS:
             cause = f"is damaged: of {self.seconds:.1f} s of sound {held:.1f} s can be read"
             raise MediaError(self.path, cause, DAMAGED)
+
+    def _packets(self) -> Iterator:
+        """Packets of the track."""
+        try:
+            yield from self._container.demux(self._stream)
+        except IndexError:  # PyAV knows only the tracks that were there when it opened the file
+            raise MediaError(
+                self.path, "a track begins in the middle of it", "convert it to H.264 .mp4"
+            ) from None
+
+    def _states_length(self) -> bool:
+        name = self._container.format.name
+        if name != "mp3":
+            return name not in _GUESSED
+        with open(self.path, "rb") as file:
+            head = file.read(1 << 16)
+        return any(mark in head for mark in _MP3_LENGTHS)
 
     def mixed(self, start: float, end: float) -> np.ndarray:
         """All channels mixed, at 16 kHz, as `ffmpeg -ac 1 -ar 16000 -f s16le` gives them.
@@ -156,7 +180,7 @@ class AudioFile:
         self._stream = self._pick_stream()
         base, position = float(self._stream.time_base), None
         first, last = (seconds + self._begin for seconds in (start - _LEAD_SECONDS, end))
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets():
             time = None if packet.pts is None else float(packet.pts * base)
             if time is not None and time + float((packet.duration or 0) * base) < first:
                 continue

@@ -46,10 +46,6 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
     if not len(samples):
         raise MediaError(file.path, "its sound gives no samples", "make the file again")
     bank = filter_bank(fit(samples, wanted))
-    if rules.bfloat16:
-        import ml_dtypes
-
-        bank = bank.astype(ml_dtypes.bfloat16).astype(np.float32)
     return {"heard": heard, "seconds": file.seconds}, bank
 
 

@@ -89,9 +89,12 @@ class MediaPreset:
     black_frames_transposed: bool
     max_frames: int
     exif_rotation: bool
-    sound: SoundPreset = REFERENCE_SOUND
+    sound: SoundPreset | None = None  # as in older cards: that of the preset's name
 
     def __post_init__(self):
+        if self.sound is None:
+            sound = PAPER_SOUND if self.name == "paper" else REFERENCE_SOUND
+            object.__setattr__(self, "sound", sound)
         if self.sampling not in ("midpoint", "linspace"):
             raise ValueError(f"unknown sampling {self.sampling!r}; known: midpoint, linspace")
 

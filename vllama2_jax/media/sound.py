@@ -88,6 +88,10 @@ def load_sound(
     )
     if bank is None:
         bank = silent_bank(spec)
+    if preset.sound.bfloat16:
+        import ml_dtypes
+
+        bank = bank.astype(ml_dtypes.bfloat16).astype(np.float32)
     return Sound(bank, tuple(map(tuple, result["heard"])), result["seconds"], path)
 
 
