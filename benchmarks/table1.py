@@ -1,6 +1,6 @@
 """The nine connectors of the paper's Table 1, trained alike on Toybox.
 
-    python benchmarks/table1.py [--out runs/table1] [--seeds 3] [--lessons 400] [--steps 300]
+    python benchmarks/table1.py [--out runs/table1] [--seeds 3] [--lessons 300] [--steps 250]
 
 Every run begins with `tiny`'s tower and decoder and a new connector. The connector first learns by
 itself, behind heads, as that of `tiny` did (a new one behind a decoder learns nothing in minutes).
@@ -16,6 +16,7 @@ import dataclasses
 import os
 import shutil
 import statistics
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,8 +183,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/table1"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lessons", type=int, default=400, help="steps of the connector alone")
-    parser.add_argument("--steps", type=int, default=300, help="of connector and decoder")
+    parser.add_argument("--lessons", type=int, default=300, help="steps of the connector alone")
+    parser.add_argument("--steps", type=int, default=250, help="of connector and decoder")
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, metavar="KIND")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the page, too")
     options = parser.parse_args()
@@ -196,10 +197,12 @@ def main():
             folder = options.out / f"{kind}-{seed}"
             if result(folder) is None:
                 console.print(f"{folder} ...")
+                began = time.monotonic()
                 start = folder.with_name(f"{folder.name}-start")
                 school(kind, seed, options.lessons, start)
                 if run(experiment(kind, seed, options.steps, start), folder).stopped_by:
                     return
+                console.print(f"{folder}: {time.monotonic() - began:.0f} s")
             results[kind].append(result(folder))
     page = document(options, results)
     print(page)
