@@ -21,7 +21,7 @@ TFIO_EXTRA := $(if $(filter x86_64,$(shell uname -m)),tensorflow-cpu,tensorflow)
 # Memory in huge pages: training and tests on a CPU are a third faster (docs/results/cpu.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help env dev tfio demo test test-all lint format tiny clean
+.PHONY: help env dev tfio demo test test-all lint format tiny tiny-av clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -76,12 +76,18 @@ test: lint  ## lint and all tests but the heavy ones
 test-all: lint tfio  ## every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-tiny: $(STAMP)  ## train the embedded model again, into runs/tiny (15 minutes on 2 cores)
+tiny: $(STAMP)  ## train the embedded model again, as far as it sees (15 minutes on 2 cores)
 	$(BIN)/python -m vllama2_jax.train.schooling --out runs/tiny_start
 	$(BIN)/vllama2 train --config=config:tiny_video_pretrain --out runs/tiny_video_pretrain
 	$(BIN)/vllama2 train --config=config:tiny_video_sft --out runs/tiny_video_sft
-	$(BIN)/vllama2 convert runs/tiny_video_sft runs/tiny
-	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny --clips 400
+	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny_video_sft --media video --clips 500
+
+tiny-av: $(STAMP)  ## go on behind `make tiny`: what it hears, and both together, into runs/tiny
+	$(BIN)/vllama2 train --config=config:tiny_audio_pretrain --out runs/tiny_audio_pretrain
+	$(BIN)/vllama2 train --config=config:tiny_audio_sft --out runs/tiny_audio_sft
+	$(BIN)/vllama2 train --config=config:tiny_av_joint --out runs/tiny_av_joint
+	$(BIN)/vllama2 convert runs/tiny_av_joint runs/tiny
+	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny --clips 1200
 
 clean:  ## remove the environment and everything made
 	rm -rf $(VENV) $(TFIO) build dist *.egg-info runs demo

@@ -46,8 +46,8 @@ NUM_FRAMES, MEDIA_TOKENS, MAX_LENGTH, ROWS = 8, 676, 1024, 4
 LIMITS = Limits(max_threads=1)
 
 
-def render(path: Path, seed: int):
-    """Write one clip: a moving texture with film grain."""
+def render(path: Path, seed: int, sound: bool = False):
+    """Write one clip: a moving texture with film grain; in stereo at 44.1 kHz, if with sound."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     texture = np.stack([96 + 60 * np.sin(x / s) * np.cos(y / (s + 7)) for s in (23, 41, 67)], -1)
@@ -56,19 +56,26 @@ def render(path: Path, seed: int):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"crf": "23"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        track = container.add_stream("aac", rate=44_100, layout="stereo") if sound else None
         for number in range(SECONDS * RATE):
             picture = np.roll(texture, number, axis=1) + grain[rng.integers(8)]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+        if track is not None:
+            samples = rng.normal(0, 0.1, (2, SECONDS * 44_100)).astype(np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+            frame.sample_rate, frame.pts = 44_100, 0
+            container.mux(track.encode(frame))
+            container.mux(track.encode())
 
 
-def write_records(folder: Path) -> Path:
+def write_records(folder: Path, sound: bool = False) -> Path:
     """Render the clips and write their records."""
     records = []
     for number in range(CLIPS):
         name = f"{number}.mp4"
         if not (folder / name).exists():
-            render(folder / name, number)
+            render(folder / name, number, sound)
         question = {"from": "human", "value": "<video>\nWhat happens in the video?"}
         answer = {"from": "gpt", "value": "A pattern of many colours moves to the right. " * 4}
         records.append({"id": name, "video": name, "conversations": [question, answer]})
@@ -118,30 +125,40 @@ class PlainLoop:
 class Pipeline:
     """Batches of a feed."""
 
-    def __init__(self, source, read_clip, workers: int):
+    def __init__(self, source, read_clip, workers: int, hearing=None, sound_tokens: int = 0):
         tokenizer = load_tokenizer(resources.files("vllama2_jax") / "assets/tiny/tokenizer")
+        self._length = MAX_LENGTH + sound_tokens
         self._format = RecordFormat(
-            tokenizer, "chatml", "sft", MEDIA_TOKENS, MAX_LENGTH, MAX_LENGTH
+            tokenizer,
+            "chatml",
+            "sft",
+            MEDIA_TOKENS,
+            max_tokens=MAX_LENGTH,
+            max_length=self._length,
+            sound_tokens=sound_tokens,
         )
         self._source, self._read_clip, self._workers = source, read_clip, workers
+        self._hearing = hearing
         self._index = build_index(source, self._format)
 
     def feed(self, steps: int) -> Feed:
         """Of so many batches."""
         schedule = Schedule(
             Mixture.by_weights((len(self._source),), (1,), 0),
-            [self._format.slots(self._index.text_tokens, self._index.clips)],
+            [self._format.slots(self._index.text_tokens, self._index.clips, self._index.sounds)],
             [self._index.clips],
+            [self._index.sounds],
             rows=ROWS,
-            max_length=MAX_LENGTH,
+            max_length=self._length,
             max_clips=1,
+            max_sounds=1 if self._hearing else 0,
             packing=False,
-            buckets=(MAX_LENGTH,),
+            buckets=(self._length,),
             num_steps=steps,
         )
         readers = (self._read_clip,)
         how = (NUM_FRAMES, CLIP_336.size, 1)
-        maker = Assembler((self._source,), self._format, readers, *how)
+        maker = Assembler((self._source,), self._format, readers, *how, hearing=self._hearing)
         return Feed(schedule, maker, workers=self._workers)
 
     def seconds(self, steps: int) -> float:

@@ -28,7 +28,7 @@ from rich.console import Console
 from vllama2_jax.checkpoints import is_saved_model, save_model
 from vllama2_jax.checkpoints.store import flatten
 from vllama2_jax.configs import build, parse
-from vllama2_jax.data.toybox_questions import CHANCE
+from vllama2_jax.data.toybox.questions import CHANCE
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import model_config

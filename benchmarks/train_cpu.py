@@ -31,7 +31,13 @@ from vllama2_jax.train.step import init_state, make_step
 from vllama2_jax.weights import TINY, read
 
 _BATCHES = 4  # made before the clock starts
-_RECIPES = ("tiny_video_pretrain", "tiny_video_sft")
+_RECIPES = (
+    "tiny_video_pretrain",
+    "tiny_video_sft",
+    "tiny_audio_pretrain",
+    "tiny_audio_sft",
+    "tiny_av_joint",
+)
 
 
 def lesson(lesson, params, card, tokenizer, folder):

@@ -30,6 +30,9 @@ RECIPES = {
         "av_joint",
         "tiny_video_pretrain",
         "tiny_video_sft",
+        "tiny_audio_pretrain",
+        "tiny_audio_sft",
+        "tiny_av_joint",
     )
 }
 _KINDS = ("config", "fiddler", "set")

@@ -10,8 +10,11 @@ from vllama2_jax.configs.fiddlers import lora
 from vllama2_jax.configs.parse import parse
 from vllama2_jax.models.zoo import PUBLISHED_PARTS, model_config
 from vllama2_jax.train.config import STORED, SourceConfig, TrainConfig
+from vllama2_jax.weights import describe
 
-_NARROW, _WIDE = "tiny_video_sft", "video_sft"
+# The last step of the recipe for a model that sees, and for one that hears as well.
+_NARROW = {False: "tiny_video_sft", True: "tiny_av_joint"}
+_WIDE = {False: "video_sft", True: "av_joint"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Shortcuts:
 def resolve(directives: list[str], shortcuts: Shortcuts) -> fdl.Config[TrainConfig]:
     """The recipe that a command line means.
 
-    Without a recipe it is supervised fine-tuning: `tiny_video_sft` where the model is `tiny` or not
-    named, `video_sft` for any other.
+    Without a recipe it is the last step of fine-tuning: `av_joint` for a model that hears,
+    `video_sft` for any other, and their miniatures where the model is `tiny` or not named.
 
     Args:
       directives: of `parse`; the recipe may be missing. Shortcuts win over the recipe and its
@@ -76,9 +79,19 @@ def resolve(directives: list[str], shortcuts: Shortcuts) -> fdl.Config[TrainConf
     directives = list(directives)
     if not any(directive.startswith("config:") for directive in directives):
         shortcuts = dataclasses.replace(shortcuts, model=shortcuts.model or "tiny")
-        name = _NARROW if shortcuts.model == "tiny" else _WIDE
-        directives.insert(0, f"config:{name}")
+        names = _NARROW if shortcuts.model == "tiny" else _WIDE
+        directives.insert(0, f"config:{names[_hears(shortcuts.model)]}")
     return parse(directives, then=lambda config: _apply(config, shortcuts))
+
+
+def _hears(model: str) -> bool:
+    """Whether a model takes sound; of what is neither a directory nor a known name, no."""
+    if os.path.isdir(model):
+        return describe(model)[0].config.audio is not None
+    try:
+        return model_config(model).audio is not None
+    except ValueError:
+        return False
 
 
 def _apply(config: fdl.Config[TrainConfig], shortcuts: Shortcuts) -> None:

@@ -9,7 +9,9 @@ import fiddle as fdl
 from vllama2_jax.configs import base
 from vllama2_jax.train.config import ToyboxConfig, TrainConfig
 
-START, PRETRAINED = "runs/tiny_start", "runs/tiny_video_pretrain"
+# What each step begins with: the schooling, and the step before it.
+START, PRETRAINED, SEES = "runs/tiny_start", "runs/tiny_video_pretrain", "runs/tiny_video_sft"
+HEARD, HEARS = "runs/tiny_audio_pretrain", "runs/tiny_audio_sft"
 
 
 def tiny(name: str) -> fdl.Config[TrainConfig]:

@@ -10,6 +10,7 @@ from vllama2_jax.models.config import (
     ViTConfig,
     VLlama2Config,
 )
+from vllama2_jax.models.zoo import ZOO
 
 MINIATURE = VLlama2Config(
     name="test",
@@ -63,4 +64,16 @@ HEARING = dataclasses.replace(
         layer_drop=0.5,
     ),
     audio_connector=AudioConnectorConfig("mlp2x_gelu", in_dim=8, out_dim=16),
+)
+
+_TINY = ZOO["tiny"]
+SEEING_TINY = dataclasses.replace(_TINY, audio=None, audio_connector=None)
+# The zoo's `tiny` with fewer and narrower layers: it takes the same media and the same tokens.
+NARROW_TINY = dataclasses.replace(
+    _TINY,
+    vision=dataclasses.replace(_TINY.vision, width=24, mlp_dim=48),
+    connector=dataclasses.replace(_TINY.connector, in_dim=24, out_dim=32),
+    decoder=dataclasses.replace(_TINY.decoder, width=32, mlp_dim=64, num_layers=1),
+    audio=dataclasses.replace(_TINY.audio, patch_width=16, width=24, mlp_dim=48, num_layers=1),
+    audio_connector=AudioConnectorConfig("mlp2x_gelu", in_dim=24, out_dim=32),
 )

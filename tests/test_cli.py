@@ -113,6 +113,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("media", "suffixes"), [("audio", {".wav"}), ("av", {".mp4"})])
+def test_a_toybox_of_some_media_holds_no_others(media, suffixes, tmp_path, capsys):
+    folder = tmp_path / "toybox"
+    assert main(["data", "toybox", str(folder), "--clips", "5", "--media", media]) == 0
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert len(files) == {"audio": 10, "av": 7}[media]  # and one held out per family, or so
+    assert {path.suffix for path in files} == suffixes
+    records = json.loads((folder / "train.json").read_text())
+    assert {("video" in record, "audio" in record) for record in records} == {(media == "av", True)}
+
+
 def test_debug_shows_the_traceback(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         main(["ask", "nowhere.mp4", "What?", "--model", str(checkpoint), "--debug"])

@@ -11,7 +11,7 @@ import vllama2_jax as vl
 from vllama2_jax import weights
 from vllama2_jax.checkpoints import CheckpointError
 from vllama2_jax.checkpoints.store import flatten
-from vllama2_jax.media.preset import PAPER, REFERENCE
+from vllama2_jax.media.preset import PAPER, PAPER_SOUND, REFERENCE
 from vllama2_jax.models.stacking import unstack_layers
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import TINY_DECODER, ZOO
@@ -105,10 +105,13 @@ def test_weights_are_never_cast_to_what_cannot_hold_them(dtype):
 
 
 def test_the_preset_is_the_callers_or_the_checkpoints():
-    assert vl.load("tiny").card.preset == REFERENCE
+    own = dataclasses.replace(REFERENCE, name="toybox", sound=PAPER_SOUND)
+    assert vl.load("tiny").card.preset == own
     assert vl.load("tiny", preset="paper").card.preset == PAPER
     with pytest.raises(ValueError, match="unknown preset 'papyrus'"):
         vl.load("tiny", preset="papyrus")
+    with pytest.raises(ValueError, match="hears 16 s of a video, the model takes 2; use preset"):
+        vl.load("tiny", preset="reference")
 
 
 def test_parameters_lie_on_the_meshs_device():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vllama2_jax.data.toybox import toybox_scenes, video_frames, write_video
+from vllama2_jax.data.toybox.files import toybox_scenes, video_frames, write_video
 from vllama2_jax.train.metrics import read_metrics
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs" / "train_your_own.md"

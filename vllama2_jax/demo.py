@@ -1,18 +1,21 @@
-"""`make demo`: ask the embedded model about videos that it has never seen.
+"""`make demo`: ask the embedded model about videos and sounds that it has never met.
 
-Renders a few held-out Toybox scenes to real `.mp4` files, asks `tiny` about each, shows the frames
-that it looked at (in the terminal, and as pictures beside the videos), and its answers.
+Renders a few held-out Toybox scenes to real `.mp4` and `.wav` files, asks `tiny` about each, shows
+what it looked at and heard (frames in the terminal too, and pictures beside the files), and its
+answers.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+_FAMILIES = ("motion", "order", "count", "change", "beeps", "noise", "sync", "sounding")
+
 
 def main(arguments=None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(prog="vllama2_jax.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="demo", help="folder of videos and pictures (%(default)s)")
+    parser.add_argument("--out", default="demo", help="folder of files and pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=2026, help="other seeds show other scenes")
     options = parser.parse_args(arguments)
     show(Path(options.out), options.seed)
@@ -21,40 +24,59 @@ def main(arguments=None) -> int:
 
 def show(folder: Path, seed: int) -> None:
     """Render, ask, and print; files go to `folder`."""
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    from vllama2_jax.data.toybox import toybox_scenes, video_frames, write_video
-    from vllama2_jax.data.toybox_scenes import FAMILIES
+    from vllama2_jax.data.toybox.files import toybox_scenes, write_scene
     from vllama2_jax.loading import load
-    from vllama2_jax.media.sheet import contact_sheet, sketch
 
     console = Console()
-    folder.mkdir(parents=True, exist_ok=True)
     model = load("tiny")
     console.print(
-        f"[bold]{model.config.name}[/bold] looks at {model.config.num_frames} frames of each video."
+        f"[bold]{model.config.name}[/bold] looks at {model.config.num_frames} frames of a video "
+        f"and hears {model.card.sound.seconds:g} seconds of sound."
     )
     right = asked = 0
-    for number, (scene, questions) in enumerate(toybox_scenes("heldout", len(FAMILIES), seed)):
-        video = folder / f"video-{number + 1}.mp4"
-        write_video(video, video_frames(scene))
-        session = model.session(video)
-        picture = video.with_suffix(".png")
-        contact_sheet(session.media.clip).save(picture)
-        console.print(f"\n[bold]{video}[/bold]  (frames looked at: {picture})")
-        if console.is_terminal:
-            print(sketch(session.media.clip, console.width))
+    scenes = toybox_scenes("heldout", len(_FAMILIES), seed, _FAMILIES)
+    for number, (scene, questions) in enumerate(scenes, start=1):
+        rng = np.random.default_rng([seed, number])
+        file = folder / write_scene(folder, f"{number}-{scene.family}", scene, rng).source
+        media = model.session(file).media
+        console.print(f"\n[bold]{file}[/bold]  ({', '.join(_pictures(media, file))})")
+        if console.is_terminal and media.clip is not None:
+            from vllama2_jax.media.sheet import sketch
+
+            print(sketch(media.clip, console.width))
         table = Table("question", "answer", "truth")
         for question in questions:
-            answer = model.ask(video, question.text)
+            answer = model.ask(file, question.text)
             same = answer == question.answer
             colour = "green" if same else "red"
             table.add_row(question.text, f"[{colour}]{answer}[/{colour}]", question.answer)
             right, asked = right + same, asked + 1
         console.print(table)
     console.print(f"\n{right} of {asked} right. Ask your own:")
-    console.print(f'  .venv/bin/vllama2 ask {folder}/video-1.mp4 "What colour is the shape?"')
+    console.print(
+        f'  .venv/bin/vllama2 ask {folder}/videos/1-motion.mp4 "What colour is the shape?"',
+        soft_wrap=True,
+    )
+
+
+def _pictures(media, file: Path) -> list[str]:
+    """Keep pictures of what was looked at and heard beside a file, and say where."""
+    from vllama2_jax.media.sheet import contact_sheet, spectrum
+
+    told = []
+    if media.clip is not None:
+        path = file.with_suffix(".frames.png")
+        contact_sheet(media.clip).save(path)
+        told.append(f"frames looked at: {path}")
+    if media.sound is not None:
+        path = file.with_suffix(".sound.png")
+        spectrum(media.sound.bank).save(path)
+        told.append(f"sound heard: {path}")
+    return told
 
 
 if __name__ == "__main__":

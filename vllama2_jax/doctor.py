@@ -51,7 +51,7 @@ def golden_answer() -> tuple[str, str, str]:
 
     The video is encoded and read again, so that the decoder's process is part of the check.
     """
-    from vllama2_jax.data.toybox import golden_clip, write_video
+    from vllama2_jax.data.toybox.files import golden_clip, write_video
     from vllama2_jax.loading import load
 
     frames, question, answer = golden_clip()

@@ -18,11 +18,22 @@ def card(name="2-7B", preset="reference"):
     )
 
 
-@pytest.mark.parametrize("name", ZOO)
+# `tiny` hears two seconds, fewer than the original hears of a video.
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "tiny"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_published_card_comes_back(tmp_path, name, preset):
     write_card(tmp_path, card(name, preset))
     assert read_card(tmp_path) == card(name, preset)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_card_of_before_sound_was_known_hears_as_its_preset_does(tmp_path, preset):
+    write_card(tmp_path, card(preset=preset))
+    path = tmp_path / "model_card.json"
+    data = json.loads(path.read_text())
+    del data["preset"]["sound"]
+    path.write_text(json.dumps(data))
+    assert read_card(tmp_path).preset == PRESETS[preset]
 
 
 def refusal(tmp_path, *changes):

@@ -7,6 +7,7 @@ from vllama2_jax.configs import RECIPES, build, parse
 from vllama2_jax.configs.shortcuts import Shortcuts, resolve
 from vllama2_jax.data.paper_mixtures import PAPER_MIXTURES
 from vllama2_jax.train.trainable import Rule
+from vllama2_jax.weights import TINY
 
 
 def made(*directives, **shortcuts):
@@ -135,10 +136,13 @@ def test_data_of_ones_own_replaces_the_recipes():
 
 def test_the_model_decides_the_recipe_where_none_is_named():
     config = made(data="x.json")
-    assert (config.name, config.start.model) == ("tiny_video_sft", "tiny")
-    assert (config.data.max_length, config.data.buckets) == (None, None)
-    assert made(model="tiny", data="x.json").name == "tiny_video_sft"
+    assert (config.name, config.start.model) == ("tiny_av_joint", "tiny")
+    assert (config.data.max_length, config.data.buckets, config.data.mix) == (None, None, "counts")
+    assert made(model="tiny", data="x.json").name == "tiny_av_joint"
     assert made(model="2.1-7B-16F", data="x.json").name == "video_sft"
+    assert made(model="DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", data="x.json").name == "av_joint"
+    assert made(model=str(TINY), data="x.json").name == "av_joint"  # a directory tells itself
+    assert made(model="nobody/knows", data="x.json").name == "video_sft"
 
 
 def test_a_model_brings_the_parts_that_pretraining_takes_from_elsewhere():
@@ -159,6 +163,9 @@ def test_lora_trains_adapters_and_the_whole_connector():
         rule for rule in made("config:video_sft", "fiddler:qlora").rules if rule.action == "lora"
     ]
     assert (rule.rank, rule.alpha, rule.quantize) == (128, 256, "nf4")
+    of_both = made("config:av_joint", "fiddler:qlora").rules
+    assert [rule.pattern for rule in of_both[:2]] == ["connector/.*", "audio_connector/.*"]
+    assert [rule.quantize for rule in of_both] == ["", "", "nf4", ""]
 
 
 @pytest.mark.parametrize(

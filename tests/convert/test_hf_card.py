@@ -8,7 +8,7 @@ import pytest
 from vllama2_jax.checkpoints import CheckpointError, GenerationDefaults, ModelCard
 from vllama2_jax.convert.hf_card import card_from_json, card_to_json
 from vllama2_jax.convert.hf_config import generation_from_json, image_spec
-from vllama2_jax.media.preset import PAPER, REFERENCE
+from vllama2_jax.media.preset import PAPER, PAPER_SOUND, REFERENCE
 from vllama2_jax.models.zoo import CONNECTOR_KINDS, ZOO, connector_config
 from vllama2_jax.text import Tokenizer
 
@@ -37,10 +37,11 @@ def tokenizer(tmp_path):
 
 
 def card_of(config, tokenizer, **fields):
+    short = config.audio and config.audio.seconds < REFERENCE.sound.joint_seconds
     card = ModelCard(
         config=config,
         image=image_spec(config.vision),
-        preset=REFERENCE,
+        preset=dataclasses.replace(REFERENCE, sound=PAPER_SOUND) if short else REFERENCE,
         generation=GenerationDefaults((EOS,)),
         tokenizer=tokenizer.fingerprint(),
     )

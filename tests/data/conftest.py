@@ -7,7 +7,7 @@ import pytest
 from feeding import Setting, record, write
 from PIL import Image
 
-from vllama2_jax.data.toybox import write_video
+from vllama2_jax.data.toybox.files import write_video
 from vllama2_jax.text import load_tokenizer
 
 

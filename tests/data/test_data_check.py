@@ -14,7 +14,7 @@ from vllama2_jax.data import check as checking
 from vllama2_jax.data.check import check, template_key
 from vllama2_jax.data.check_report import read_lengths, read_report, read_usable, write_report
 from vllama2_jax.data.sources import open_source
-from vllama2_jax.data.toybox import write_video
+from vllama2_jax.data.toybox.files import write_video
 from vllama2_jax.text import ChatTemplate, load_tokenizer, sft_example
 
 TINY = Path(vllama2_jax.__file__).parent / "assets" / "tiny" / "tokenizer"
@@ -111,6 +111,23 @@ def test_what_is_no_error_but_odd_is_noted(tmp_path):
         "1 id(s) occur again; records are told apart by number",
         "1 record(s) lose a leading sentence that is not human",
     ]
+
+
+def test_videos_that_will_be_heard_as_silence_are_counted(tmp_path):
+    frames = np.zeros((6, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "mute.mp4", frames)
+    write_video(tmp_path / "loud.mp4", frames, samples=np.zeros(8000, np.float32))
+    records = [
+        made("a", video="mute.mp4", audio=True),
+        made("b", video="mute.mp4", audio=True, end=0.25),
+        made("c", video="mute.mp4"),
+        made("d", video="loud.mp4", audio=True),
+        made("e", video="mute.mp4", audio="loud.mp4"),
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    report = check(open_source(tmp_path / "r.json"), tmp_path)
+    assert report.quarantine == []
+    assert report.notes() == ["2 video(s) have no sound track; training hears silence instead"]
 
 
 def test_the_length_index_counts_the_ids_that_training_sees(folder, report, tmp_path):

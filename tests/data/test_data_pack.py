@@ -12,7 +12,7 @@ from vllama2_jax.data.check import check
 from vllama2_jax.data.files import local_media
 from vllama2_jax.data.pack import pack
 from vllama2_jax.data.sources import open_source
-from vllama2_jax.data.toybox import write_video
+from vllama2_jax.data.toybox.files import write_video
 from vllama2_jax.media import MediaError
 
 

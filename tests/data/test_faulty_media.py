@@ -10,8 +10,10 @@ import pytest
 from feeding import MAX_LENGTH, NUM_FRAMES, SPEC, record, segments, write
 from learning import CONFIG, as_batch, loss, random_parts
 
+from vllama2_jax.data.assemble import Hearing, SoundReader
 from vllama2_jax.data.pipeline import Feed, TooManyFaults
-from vllama2_jax.media import load_clip
+from vllama2_jax.data.schedule import Step
+from vllama2_jax.media import PAPER, SoundSpec, load_clip
 from vllama2_jax.train.step import init_state, make_step
 
 BAD = {
@@ -125,6 +127,30 @@ def test_a_video_needs_no_sound_track(mixture, folder):
     np.testing.assert_array_equal(shown["silent"], shown["sounding"])
     wanted = load_clip(folder / "silent.mp4", spec=SPEC, num_frames=NUM_FRAMES)
     np.testing.assert_array_equal(shown["silent"], wanted.frames[wanted.frame_index])
+
+
+def test_silence_stands_for_a_track_and_not_for_a_sound_file(mixture, folder):
+    spec = SoundSpec(1.0)
+    own = {"track": True, "file": "sound.m4a", "mute file": "clip-0.mp4"}
+    records = [
+        record(name, "video", "silent.mp4", dataset="films") | {"audio": sound}
+        for name, sound in own.items()
+    ]
+    assembler = dataclasses.replace(
+        mixture.assembler(max_clips=1),
+        sources=(write(folder / "heard.json", records),),
+        record_format=mixture.format(sound_tokens=5),
+        dataset_codes=None,
+        hearing=Hearing((SoundReader(spec, PAPER, str(folder)),), spec.num_frames, max_sounds=1),
+    )
+    batch = assembler(Step(0, MAX_LENGTH, tuple(((0, number),) for number in range(len(own)))))
+    (fault,) = batch.faults
+    assert (fault.record, fault.dataset) == ("mute file", "films")
+    assert "clip-0.mp4: has no sound track" in fault.reason and "; " in fault.reason
+    heard = batch.arrays["target_weights"].sum(1) > 0
+    np.testing.assert_array_equal(heard, [True, True, False])
+    np.testing.assert_array_equal(batch.arrays["audio_mask"][:, 0], heard)
+    np.testing.assert_allclose(batch.arrays["audio"][0], -15.942385, atol=1e-5)
 
 
 def test_one_bad_file_more_than_allowed_stops_the_run_and_all_are_named(mixture):

@@ -163,6 +163,41 @@ def test_media_inside_a_pack_are_kept_too(root, reader, tmp_path, decoded):
         assert_same(clip, clip_of(bare, source, name, names))
 
 
+def test_of_records_with_sound_the_frames_alone_are_kept(root, reader, tmp_path, decoded):
+    (root / "s.wav").write_bytes(b"any sound")
+    records = [
+        record("track", "video", "shades.mp4") | {"audio": True},
+        record("dubbed", "video", "shades.mp4") | {"audio": "s.wav"},
+        record("sound", "audio", "s.wav"),
+        record("pictures", "video", "shades.mp4"),
+    ]
+    source, names = write(root / "heard.json", records), [data["id"] for data in records]
+    done = cache_frames(source, reader, tmp_path / "kept")
+    assert (done.clips, done.bad) == (3, ())
+    # How sound is read is of no account.
+    other = dataclasses.replace(reader.preset, sound=PAPER.sound)
+    hearing = dataclasses.replace(reader, preset=other)
+    cached = CachedClipReader(tmp_path / "kept", source, hearing)
+    decoded.clear()
+    clips = {name: clip_of(cached, source, name, names) for name in ("track", "dubbed", "pictures")}
+    assert decoded == []
+    for name, clip in clips.items():
+        assert_same(clip, clip_of(reader, source, name, names))
+
+
+def test_a_cache_of_before_sound_was_known_is_read(source, reader, cached, tmp_path, decoded):
+    manifest = tmp_path / "kept" / "frames.json"
+    data = json.loads(manifest.read_text())
+    data["preset"].pop("sound", None)
+    for clip in data["clips"]:
+        del clip["sound"]
+    manifest.write_text(json.dumps(data))
+    fresh = CachedClipReader(tmp_path / "kept", source, reader)
+    for name in KEPT:
+        clip_of(fresh, source, name)
+    assert decoded == []
+
+
 def test_files_that_have_changed_are_decoded(root, source, reader, cached, decoded):
     before = os.stat(root / "1.png")
     Image.fromarray(np.full((20, 20, 3), 7, np.uint8)).save(root / "1.png")

@@ -15,7 +15,7 @@ import pytest
 from vllama2_jax.data.check import check
 from vllama2_jax.data.sources import open_source
 from vllama2_jax.data.tfio_job import ENVIRONMENT, ROOT, add_job_options, run_job
-from vllama2_jax.data.toybox import golden_clip, write_video
+from vllama2_jax.data.toybox.files import golden_clip, write_video
 
 pytestmark = pytest.mark.slow
 

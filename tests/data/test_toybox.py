@@ -10,35 +10,38 @@ import numpy as np
 import pytest
 
 from vllama2_jax.data.records import read_records
-from vllama2_jax.data.toybox import golden_clip, toybox_scenes, video_frames, write_toybox
-from vllama2_jax.data.toybox_questions import (
+from vllama2_jax.data.toybox.drawing import render
+from vllama2_jax.data.toybox.families import FAMILIES, sample_scene
+from vllama2_jax.data.toybox.files import golden_clip, toybox_scenes, video_frames, write_toybox
+from vllama2_jax.data.toybox.questions import (
     CHANCE,
     KINDS,
     ask_about,
     describe,
 )
-from vllama2_jax.data.toybox_scenes import (
+from vllama2_jax.data.toybox.scenes import (
     COLOURS,
     DIRECTIONS,
-    FAMILIES,
     HOLD,
     MOMENTS,
     PAIRS,
+    REGISTERS,
     SHAPES,
-    direction_path,
-    render,
-    sample_scene,
 )
+from vllama2_jax.data.toybox.sights import direction_path
 
 _SCHEMA = {
     "type": "array",
     "items": {
         "type": "object",
         "additionalProperties": False,
-        "required": ["id", "video", "kind", "conversations"],
+        "required": ["id", "kind", "conversations"],
+        "anyOf": [{"required": ["video"]}, {"required": ["audio"]}],
         "properties": {
             "id": {"type": "string"},
             "video": {"type": "string", "pattern": r"\.mp4$"},
+            # Beside a video it is the video's own track.
+            "audio": {"anyOf": [{"type": "string", "pattern": r"\.wav$"}, {"const": True}]},
             "kind": {"enum": list(KINDS)},
             "conversations": {
                 "type": "array",
@@ -48,7 +51,7 @@ _SCHEMA = {
                     {
                         "properties": {
                             "from": {"const": "human"},
-                            "value": {"pattern": r"^<video>\n\S"},
+                            "value": {"pattern": r"^<(video|audio)>\n\S"},
                         }
                     },
                     {"properties": {"from": {"const": "gpt"}, "value": {"pattern": r"^[a-z ]+$"}}},
@@ -63,8 +66,8 @@ _SCHEMA = {
 def toybox(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toybox") / "new"
     calls = []
-    write_toybox(folder, 16, seed=3, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i + 1, 20) for i in range(20)]
+    write_toybox(folder, 24, seed=3, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i + 1, 36) for i in range(36)]
     return folder
 
 
@@ -77,25 +80,26 @@ def _digests(folder):
 
 
 def test_same_seed_writes_the_same_files_and_another_seed_others(toybox, tmp_path):
-    write_toybox(tmp_path / "again", 16, seed=3)
-    write_toybox(tmp_path / "other", 16, seed=4)
+    write_toybox(tmp_path / "again", 24, seed=3)
+    write_toybox(tmp_path / "other", 24, seed=4)
     assert _digests(tmp_path / "again") == _digests(toybox)
     assert _digests(tmp_path / "other") != _digests(toybox)
 
 
-def test_json_fits_the_schema_and_every_video_exists(toybox):
+def test_json_fits_the_schema_and_every_file_exists(toybox):
     for split in ("train", "heldout"):
         data = json.loads((toybox / f"{split}.json").read_text())
         jsonschema.validate(data, _SCHEMA)
-        assert all((toybox / record["video"]).is_file() for record in data)
+        assert all((toybox / (r.get("video") or r["audio"])).is_file() for r in data)
         assert len({record["id"] for record in data}) == len(data)
         assert {record["kind"] for record in data} == set(KINDS)
         assert [r.to_json() for r in read_records(toybox / f"{split}.json")] == data
 
 
 def test_decoded_video_holds_the_rendered_frames(toybox):
-    scenes = list(toybox_scenes("train", 16, seed=3))
-    for i, (scene, _) in enumerate(scenes):
+    for i, (scene, _) in enumerate(toybox_scenes("train", 24, seed=3)):
+        if not scene.moments:
+            continue
         with av.open(str(toybox / f"videos/train/{i:05d}.mp4")) as container:
             assert container.streams.video[0].codec_context.name == "h264"
             decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
@@ -111,45 +115,70 @@ def test_decoded_video_holds_the_rendered_frames(toybox):
 
 def test_write_toybox_refuses_a_full_folder_and_too_few_clips(toybox, tmp_path):
     with pytest.raises(ValueError, match="not empty"):
-        write_toybox(toybox, 16)
-    with pytest.raises(ValueError, match="at least 4"):
-        write_toybox(tmp_path / "x", 3)
+        write_toybox(toybox, 24)
+    with pytest.raises(ValueError, match="at least 12"):
+        write_toybox(tmp_path / "x", 11)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_answers_are_balanced_in_every_kind(split):
     answers = collections.defaultdict(collections.Counter)
-    for _, questions in toybox_scenes(split, 4 * 720, seed=0):
+    for _, questions in toybox_scenes(split, len(FAMILIES) * 720, seed=0):
         for question in questions:
             answers[question.kind][question.answer] += 1
     for kind, chance in CHANCE.items():
-        if kind == "order":
+        if kind in ("order", "sounding"):
             continue
         assert len(answers[kind]) == round(1 / chance)
         assert set(answers[kind].values()) == {round(720 * chance)}
 
 
-def test_questions_about_order_are_balanced_over_place_and_word():
+@pytest.mark.parametrize("family", ["order", "sounding"])
+def test_questions_that_name_two_things_are_balanced_over_place_and_word(family):
     seen = collections.Counter()
-    for scene, (question, *_) in toybox_scenes("heldout", 4 * 720, seed=0):
-        if scene.family == "order":
-            first_named = question.text.index(question.answer) < max(
-                question.text.index(thing.name) for thing in scene.things
-            )
-            seen[first_named, "first" in question.text] += 1
+    for scene, (question,) in toybox_scenes("heldout", 720, 0, [family]):
+        first_named = question.text.index(question.answer) < max(
+            question.text.index(thing.name) for thing in scene.things
+        )
+        seen[first_named, question.answer == scene.things[0].name] += 1
     assert set(seen.values()) == {180} and len(seen) == 4
 
 
 def _combination(scene):
     """What of a scene is split between training and held-out clips."""
     things = sorted((thing.colour, thing.shape) for thing in scene.things)
-    return scene.family, scene.fact, tuple(things)
+    voices = set()
+    if not things:
+        for event in scene.events:
+            middle = np.sqrt(np.prod(event.pitches))
+            register = int(np.abs(np.log(np.asarray(REGISTERS) / max(middle, 1))).argmin())
+            voices.add((event.kind, register, event.timbre))
+    # Shapes of noises over time are told apart by when they are heard, and how it swells.
+    noises = [
+        (e.start, e.seconds, np.sign(e.levels[0] - e.levels[1]))
+        for e in scene.events
+        if e.kind != "tone"
+    ]
+    when = scene.family == "sync" and _times(scene)
+    fact = scene.fact if scene.family != "sounding" else ""
+    return scene.family, fact, tuple(things), frozenset(voices), str(noises), when
+
+
+def _times(scene):
+    """(moment of the bounce, moment of the beep)"""
+    lowest = int(np.argmax([moment.things[0].y for moment in scene.moments]))
+    (beep,) = scene.events
+    return lowest, int((beep.start + beep.seconds / 2) / 0.25)
 
 
 def test_heldout_combinations_are_never_seen_in_training():
     rng = np.random.default_rng(0)
     seen = {
-        split: {_combination(sample_scene(rng, split)) for _ in range(8000)}
+        split: {
+            _combination(sample_scene(rng, split, family))
+            for family in FAMILIES
+            for _ in range(2000)
+        }
         for split in ("train", "heldout")
     }
     assert not seen["train"] & seen["heldout"]
@@ -161,12 +190,12 @@ def test_every_attribute_pair_and_answer_is_seen_in_training():
     # What is new in a held-out clip is the combination, never a colour, shape or name.
     rng = np.random.default_rng(1)
     pairs, facts = set(), set()
-    for _ in range(3000):
-        scene = sample_scene(rng, "train")
+    for i in range(6000):
+        scene = sample_scene(rng, "train", FAMILIES[i % len(FAMILIES)])
         pairs |= {(thing.colour, thing.shape) for thing in scene.things}
-        facts.add((scene.family, scene.fact))
+        facts.add((scene.family, scene.fact if scene.family != "sounding" else ""))
     assert pairs == set(PAIRS) and len(PAIRS) == len(COLOURS) * len(SHAPES)
-    assert len(facts) == 4 + 1 + 5 + 4
+    assert len(facts) == (4 + 1 + 5 + 4 + 3) + (2 + 2 + 5 + 4 + 3) + (2 + 1)
 
 
 def test_text_about_training_scenes_never_describes_a_heldout_motion():
@@ -277,7 +306,7 @@ def test_every_family_describes_itself_with_its_answers():
         for _ in range(20):
             scene = sample_scene(rng, "train", family)
             for question in ask_about(scene, rng):
-                if question.kind != "change":
+                if question.kind not in ("change", "sync"):
                     assert question.answer in describe(scene)
 
 

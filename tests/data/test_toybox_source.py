@@ -9,9 +9,9 @@ import pytest
 
 from vllama2_jax.data.examples import Subset
 from vllama2_jax.data.records import Record
-from vllama2_jax.data.toybox_questions import KINDS as QUESTION_KINDS
-from vllama2_jax.data.toybox_scenes import COLOURS, is_heldout
-from vllama2_jax.data.toybox_source import KINDS, ToyboxReader, ToyboxSource
+from vllama2_jax.data.toybox.scenes import COLOURS, is_heldout
+from vllama2_jax.data.toybox.source import KINDS, ToyboxListener, ToyboxReader, ToyboxSource
+from vllama2_jax.media.fbank import filter_bank
 from vllama2_jax.text import plain_example
 
 
@@ -21,15 +21,21 @@ def _foreground(frame):
     return frame[far], np.argwhere(far)
 
 
+@pytest.mark.parametrize("media", ["video", "audio", "av"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_record_is_a_function_of_seed_kind_and_number(kind):
-    source, other = ToyboxSource(50, kind, seed=3), ToyboxSource(50, kind, seed=4)
-    late = [source[number] for number in (40, 7)]
-    assert [pickle.loads(pickle.dumps(source))[number] for number in (40, 7)] == late
-    assert [ToyboxSource(41, kind, seed=3)[40]] == late[:1]
-    assert [source[i].turns for i in range(50)] != [other[i].turns for i in range(50)]
-    np.testing.assert_array_equal(source.frames(7, 16), source.frames(7, 16))
-    assert source.fingerprint == ToyboxSource(50, kind, seed=3).fingerprint != other.fingerprint
+def test_record_is_a_function_of_seed_kind_media_and_number(kind, media):
+    def source(records=50, seed=3):
+        return ToyboxSource(records, kind, seed=seed, media=media)
+
+    late = [source()[number] for number in (40, 7)]
+    assert [pickle.loads(pickle.dumps(source()))[number] for number in (40, 7)] == late
+    assert [source(41)[40]] == late[:1]
+    assert [source()[i].turns for i in range(50)] != [source(seed=4)[i].turns for i in range(50)]
+    if media != "audio":
+        np.testing.assert_array_equal(source().frames(7, 16), source().frames(7, 16))
+    if media != "video":
+        np.testing.assert_array_equal(source().samples(7), source().samples(7))
+    assert source().fingerprint == source().fingerprint != source(seed=4).fingerprint
 
 
 def test_moving_things_have_the_colour_and_the_direction_that_is_answered():
@@ -66,21 +72,62 @@ def test_scenes_are_of_the_split(split):
 def test_a_share_of_the_clips_is_told_and_of_what_is_counted_none():
     source = ToyboxSource(1000, "clips", told=0.4)
     kinds = [source[number].kind for number in range(1000)]
-    assert kinds.count("tell") / 1000 == pytest.approx(0.4 * 0.9, abs=0.05)
-    assert kinds.count("count") / 1000 == pytest.approx(0.1, abs=0.03)
+    assert kinds.count("tell") / 1000 == pytest.approx(0.4 * 0.91, abs=0.05)
+    assert kinds.count("count") / 1000 == pytest.approx(0.09, abs=0.03)
     for number in np.flatnonzero(np.asarray(kinds) == "tell")[:20]:
         ((question, answer),) = source[int(number)].turns
         assert question.startswith("<video>\n") and answer.endswith(".")
     assert "tell" not in {ToyboxSource(50)[number].kind for number in range(50)}
 
 
-def test_clips_have_all_their_questions_and_questions_one_of_each_kind_as_often():
-    clips, single = ToyboxSource(200, "clips"), ToyboxSource(600, "questions")
-    assert {len(clips[number].turns) for number in range(200)} == {1, 3}
-    assert {len(single[number].turns) for number in range(600)} == {1}
-    kinds = [single[number].kind for number in range(600)]
-    for kind in QUESTION_KINDS:
-        assert kinds.count(kind) == pytest.approx(100, abs=30)
+@pytest.mark.parametrize(
+    "media, asked",
+    [
+        ("video", {"colour", "shape", "direction", "order", "count", "change", "bounce"}),
+        ("audio", {"pitch", "glide", "beeps", "noise", "timing"}),
+        ("av", {"sync", "sounding"}),
+    ],
+)
+def test_clips_have_all_their_questions_and_questions_one_of_each_kind_as_often(media, asked):
+    clips, single = (ToyboxSource(700, kind, media=media) for kind in ("clips", "questions"))
+    found = {len(clips[number].turns) for number in range(700)}
+    assert found == ({1, 3} if media == "video" else {1})
+    assert {len(single[number].turns) for number in range(700)} == {1}
+    kinds = [single[number].kind for number in range(700)]
+    assert set(kinds) == asked
+    for kind in asked:
+        assert kinds.count(kind) == pytest.approx(700 / len(asked), abs=40)
+    assert {single[number].media.kind for number in range(700)} == {media}
+
+
+def test_a_share_of_what_is_asked_is_without_some_of_its_media():
+    whole = ToyboxSource(1500, "clips", media="av", told=0.4)
+    partly = ToyboxSource(1500, "clips", media="av", told=0.4, withheld=0.3)
+    left = {"av": 0, "video": 0, "audio": 0, None: 0}
+    for number in range(1500):
+        record, told = partly[number], partly[number].kind == "tell"
+        left[record.media and record.media.kind] += not told
+        assert not told or record.media.kind == "av"
+        # The same is asked and answered, behind the placeholder of what is left.
+        (question, answer), (known, truth) = record.turns[0], whole[number].turns[0]
+        assert answer == truth and question.split("\n")[-1] == known.split("\n")[-1]
+        tag = record.media.placeholder if record.media else ""
+        assert question == (f"{tag}\n" if tag else "") + known.split("\n")[-1]
+    asked = sum(left.values())
+    assert asked == pytest.approx(900, abs=60)
+    for media in ("video", "audio", None):
+        assert left[media] / asked == pytest.approx(0.1, abs=0.03)
+    alone = ToyboxSource(300, "clips", media="audio", withheld=0.5)
+    assert sum(alone[n].media is None for n in range(300)) == pytest.approx(150, abs=30)
+
+
+def test_listener_hears_the_record_of_a_subset():
+    source = ToyboxSource(9, "clips", media="audio")
+    subset = Subset(source, [5, 2])
+    bank = ToyboxListener(2.0)(subset, 1, subset[1].media, 0)
+    assert bank.shape == (198, 128) and bank.dtype == np.float32
+    np.testing.assert_array_equal(bank, filter_bank(source.samples(2)))
+    assert ToyboxListener(1.0)(subset, 1, subset[1].media, 0).shape == (98, 128)
 
 
 def test_captions_are_plain_examples(tiny_tokenizer):
@@ -123,7 +170,9 @@ def test_reader_renders_the_record_of_a_subset(num_frames, used):
         (dict(kind="clip"), "unknown Toybox kind 'clip'; known: clips, captions"),
         (dict(split="test"), "unknown Toybox split 'test'"),
         (dict(records=0), "at least one record"),
+        (dict(media="smell"), "unknown Toybox media 'smell'; known: video, audio, av, all"),
         (dict(told=1.5), "share of `clips`"),
+        (dict(withheld=-0.1), "withheld -0.1"),
         (dict(kind="text", told=0.5), "share of `clips`"),
     ],
 )
@@ -136,5 +185,5 @@ def test_what_cannot_be_meant_is_refused(how, said):
 
 
 def test_workers_need_no_jax_to_render():
-    code = "import sys, vllama2_jax.data.toybox_source; sys.exit('jax' in sys.modules)"
+    code = "import sys, vllama2_jax.data.toybox.source; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,6 @@
 """Toybox's tokenizer: the same file every time, and any text."""
 
-from vllama2_jax.data.toybox_tokenizer import VOCAB_SIZE, train_tokenizer
+from vllama2_jax.data.toybox.tokenizer import VOCAB_SIZE, train_tokenizer
 from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import load_tokenizer
 

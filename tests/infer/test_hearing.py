@@ -82,6 +82,7 @@ def files(tmp_path_factory):
         ("short.wav", "audio", SOUND),
         ("p.png", "image", CLIP),
         ("g.gif", "video", CLIP),
+        ("mute.mp4", "video", CLIP),
     ],
 )
 def test_auto_takes_in_what_a_file_holds(model, files, name, modality, tokens):
@@ -102,9 +103,9 @@ def test_a_film_can_be_seen_or_heard_alone(model, files):
     np.testing.assert_allclose(both[CLIP:], heard, atol=1e-6)  # the same second in preset paper
 
 
-def test_a_missing_track_is_silence_and_said(model, files):
+def test_a_missing_track_is_silence_where_sound_is_asked_for_and_said(model, files):
     with pytest.warns(UserWarning, match=r"mute\.mp4: has no sound track; silence is heard"):
-        media = model.read_media(files / "mute.mp4")
+        media = model.read_media(files / "mute.mp4", modality="av")
     assert media.modality == "av" and media.sound.heard == ()
     with pytest.raises(MediaError, match="has no sound track"):
         model.read_media(files / "mute.mp4", modality="audio")
@@ -167,12 +168,18 @@ def test_batches_of_all_kinds_equal_single_questions(model, files):
     assert batch == [model.ask(*pair, max_new_tokens=5) for pair in pairs]
 
 
-def test_the_seed_of_a_batch_chooses_what_is_heard_as_that_of_a_question(model, files, monkeypatch):
+@pytest.fixture
+def at_random(model, monkeypatch):
+    """The model hears a stretch at random of sound that is too long."""
     card = dataclasses.replace(
         model.card,
         preset=dataclasses.replace(PAPER, sound=dataclasses.replace(PAPER.sound, random_crop=True)),
     )
     monkeypatch.setattr(model, "card", card)
+
+
+@pytest.mark.usefixtures("at_random")
+def test_the_seed_of_a_batch_chooses_what_is_heard_as_that_of_a_question(model, files, monkeypatch):
     starts = []
     read = model.read_media
 
@@ -221,3 +228,17 @@ def test_the_command_hears(folder, files, capsys):
     assert answer["modality"] == "video" and answer["sound_seconds"] == []
     assert main(["ask", "nowhere.wav", "What?"]) == 2
     assert "nowhere.wav: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_random")
+def test_the_seed_of_the_command_chooses_what_is_heard(model, files, capsys, monkeypatch):
+    monkeypatch.setattr("vllama2_jax.loading.load", lambda *args, **options: model)
+    path, heard = files / "long.wav", []
+    for seed in (1, 2):
+        ask = ["ask", str(path), "What?", "--max-new-tokens", "1", "--json", "--seed", str(seed)]
+        assert main(ask) == 0
+        heard.append(json.loads(capsys.readouterr().out)["sound_seconds"])
+        with pytest.warns(UserWarning, match="are heard"):
+            wanted = model.read_media(path, seed=seed).sound.heard
+        np.testing.assert_allclose(heard[-1], wanted, atol=1e-3)
+    assert heard[0] != heard[1]

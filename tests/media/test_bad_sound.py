@@ -1,8 +1,10 @@
 """Bad sound is one clear error; odd sound is heard."""
 
+import av
 import numpy as np
 import pytest
-from sounds import noise, tone, write_coded, write_wav
+from rendered import pictures
+from sounds import noise, tone, write_coded, write_film, write_wav
 
 from vllama2_jax.media import PAPER, REFERENCE, Limits, MediaError, SoundSpec, load_sound
 from vllama2_jax.media.fbank import filter_bank
@@ -33,6 +35,22 @@ def test_header_alone(tmp_path):
     assert error_of(write_wav(tmp_path / "h.wav", noise(0, 16000), 16000)) == "holds no sound"
 
 
+def test_a_track_without_packets_beside_pictures_is_none(tmp_path):
+    path = tmp_path / "f.mkv"
+    whole = write_film(tmp_path / "whole.mkv", pictures(9), noise(1, 16000))
+    with av.open(str(whole)) as film, av.open(str(path), "w") as container:
+        tracks = [container.add_stream_from_template(stream) for stream in film.streams]
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = tracks[packet.stream_index]
+                container.mux(packet)
+    with av.open(str(path)) as container:
+        assert len(container.streams.audio) == 1
+    assert error_of(path) == "has no sound track"
+    sound = load_sound(path, spec=SPEC, joint=True, silence=True)
+    assert sound.heard == () and sound.seconds == 0.0
+
+
 @pytest.mark.parametrize("name, codec", [("s.wav", None), ("s.flac", "flac"), ("s.m4a", "aac")])
 def test_truncated(tmp_path, name, codec):
     path, samples = tmp_path / name, noise(5, 16000)
@@ -51,6 +69,16 @@ def test_damaged_inside(tmp_path):
     content[middle : middle + 20000] = bytes(20000)
     path.write_bytes(content)
     assert "is damaged" in error_of(path)
+
+
+def test_a_track_that_begins_in_the_middle_is_told(tmp_path):
+    path = write_coded(tmp_path / "s.ts", noise(3, 16000), 16000, "aac")
+    data = bytearray(path.read_bytes())
+    # Packets of 188 bytes, each with the number of its track: 0x100 with the mark of a new frame.
+    starts = [n for n in range(0, len(data), 188) if data[n + 1 : n + 3] == b"\x41\x00"]
+    data[starts[-1] + 2] = 0x77
+    path.write_bytes(data)
+    assert error_of(path) == "a track begins in the middle of it"
 
 
 def test_part_behind_the_end(tmp_path):

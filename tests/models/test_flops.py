@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from miniature import SEEING_TINY
 
 from vllama2_jax.convert.hf_config import model_from_json, read_json
 from vllama2_jax.models.flops import forward_flops
@@ -94,10 +95,10 @@ def test_connector_takes_what_pytorch_counts(kind, into):
     import oracle
 
     config = dataclasses.replace(
-        ZOO["tiny"],
+        SEEING_TINY,
         connector=connector_config(kind, into, 40, depth=3),
-        vision=dataclasses.replace(ZOO["tiny"].vision, image_size=40, width=into),
-        decoder=dataclasses.replace(ZOO["tiny"].decoder, width=40),
+        vision=dataclasses.replace(SEEING_TINY.vision, image_size=40, width=into),
+        decoder=dataclasses.replace(SEEING_TINY.decoder, width=40),
     )
     flops = forward_flops(config, **SHAPE, steps=STEPS)
     module = oracle.Connector(kind, into, 40, depth=3)
@@ -114,10 +115,10 @@ def test_connector_without_stages_takes_what_pytorch_counts(kind):
     import oracle
 
     config = dataclasses.replace(
-        ZOO["tiny"],  # equal widths, as the original's classes need
+        SEEING_TINY,  # equal widths, as the original's classes need
         connector=connector_config(kind, 24, 24),
-        vision=dataclasses.replace(ZOO["tiny"].vision, image_size=40, width=24),
-        decoder=dataclasses.replace(ZOO["tiny"].decoder, width=24),
+        vision=dataclasses.replace(SEEING_TINY.vision, image_size=40, width=24),
+        decoder=dataclasses.replace(SEEING_TINY.decoder, width=24),
     )
     flops = forward_flops(config, **SHAPE, steps=STEPS)
     counts = counted(oracle.Connector(kind, 24, 24), torch.zeros(ROWS * CLIPS, STEPS, 5 * 5, 24))
@@ -173,8 +174,8 @@ def test_a_mixture_runs_its_chosen_experts_and_a_router():
 
 def test_a_sliding_window_leaves_out_the_pairs_beyond_it():
     def scores(window, length=512):
-        decoder = dataclasses.replace(ZOO["tiny"].decoder, sliding_window=window)
-        config = dataclasses.replace(ZOO["tiny"], decoder=decoder)
+        decoder = dataclasses.replace(SEEING_TINY.decoder, sliding_window=window)
+        config = dataclasses.replace(SEEING_TINY, decoder=decoder)
         shape = dict(rows=1, length=length, frames=0, clips=0)
         return forward_flops(config, **shape)["decoder/attention/scores"]
 
@@ -184,13 +185,13 @@ def test_a_sliding_window_leaves_out_the_pairs_beyond_it():
 
 
 def test_text_alone_runs_the_decoder_alone():
-    flops = forward_flops(ZOO["tiny"], rows=2, length=64, frames=0, clips=0)
+    flops = forward_flops(SEEING_TINY, rows=2, length=64, frames=0, clips=0)
     assert {name.split("/")[0] for name in flops} == {"decoder"}
 
 
 @pytest.mark.parametrize("kind", CONNECTOR_KINDS)
 def test_twice_the_rows_take_twice_the_flops(kind):
-    tiny = ZOO["tiny"]
+    tiny = SEEING_TINY
     connector = connector_config(kind, tiny.vision.width, tiny.decoder.width)
     config = dataclasses.replace(tiny, connector=connector)
     one, two = (forward_flops(config, rows=rows, length=640, frames=16, clips=2) for rows in (1, 2))

@@ -11,7 +11,7 @@ from miniature import MINIATURE
 from vllama2_jax.checkpoints import GenerationDefaults, ModelCard, save_model
 from vllama2_jax.checkpoints.store import TOKENIZER
 from vllama2_jax.convert.hf_config import image_spec
-from vllama2_jax.data.toybox import write_toybox
+from vllama2_jax.data.toybox.files import write_toybox
 from vllama2_jax.media.preset import REFERENCE
 from vllama2_jax.models.vllama2 import init_params
 from vllama2_jax.text import load_tokenizer, tokenizer_files
@@ -63,7 +63,7 @@ def small_model(tmp_path_factory):
 def clips(tmp_path_factory):
     """A small Toybox."""
     folder = tmp_path_factory.mktemp("clips") / "toybox"
-    write_toybox(folder, 8, seed=1)
+    write_toybox(folder, 8, seed=1, families=("motion", "order", "count", "change"))
     # Words alone, beside what is about clips.
     records = json.loads((folder / "train.json").read_text())
     said = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "a circle"}]

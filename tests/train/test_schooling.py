@@ -5,26 +5,25 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from miniature import NARROW_TINY
 
 from vllama2_jax.checkpoints import CheckpointError, load_model
 from vllama2_jax.checkpoints.store import flatten
-from vllama2_jax.data.toybox_labels import (
+from vllama2_jax.data.toybox.drawing import render
+from vllama2_jax.data.toybox.families import FAMILIES_OF, sample_scene
+from vllama2_jax.data.toybox.labels import (
     CLIP_HEADS,
+    SOUND_HEADS,
     clip_labels,
     labelled_clips,
+    labelled_sounds,
     patch_labels,
     picture_batches,
+    sound_labels,
+    step_labels,
 )
-from vllama2_jax.data.toybox_scenes import (
-    COLOURS,
-    DIRECTIONS,
-    FAMILIES,
-    SHAPES,
-    render,
-    sample_scene,
-)
+from vllama2_jax.data.toybox.scenes import COLOURS, DIRECTIONS, SHAPES, TIMES, Event
 from vllama2_jax.models.vllama2 import abstract_params
-from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.optimizer import OptimizerConfig
 from vllama2_jax.train.schooling import Lesson, make_task, model_card, school, teach
@@ -50,7 +49,7 @@ def test_labelled_patches_have_the_colour_of_their_label():
 
 def test_clip_labels_are_what_the_scene_says():
     rng = np.random.default_rng(1)
-    for family in FAMILIES:
+    for family in FAMILIES_OF["video"]:
         for _ in range(10):
             scene = sample_scene(rng, "train", family)
             labels = clip_labels(scene)
@@ -61,34 +60,64 @@ def test_clip_labels_are_what_the_scene_says():
                 assert list(COLOURS)[labels["last_colour"]] == last[0].colour
             if family == "count":
                 assert labels["count"] + 1 == len(scene.things) and labels["first_colour"] == -1
+            if family == "bounce":
+                assert list(TIMES)[labels["bounce"]] == scene.fact
             if family == "motion":
                 assert DIRECTIONS[labels["motion"]] == scene.fact
             if family != "change":
                 assert labels["change"] == -1
 
 
-def _narrow(config):
-    return dataclasses.replace(
-        config,
-        vision=dataclasses.replace(config.vision, width=24, mlp_dim=48),
-        connector=dataclasses.replace(config.connector, in_dim=24, out_dim=32),
-        decoder=dataclasses.replace(config.decoder, width=32, mlp_dim=64, num_layers=1),
-    )
-
-
 def _lesson(part, steps):
     return Lesson(part, steps, rows=8, optimizer=OptimizerConfig(5e-3, warmup_ratio=0.125))
 
 
+def test_sound_labels_are_what_the_scene_says():
+    rng = np.random.default_rng(2)
+    for family in (*FAMILIES_OF["audio"], *FAMILIES_OF["av"]):
+        for _ in range(10):
+            scene = sample_scene(rng, "train", family)
+            labels = sound_labels(scene)
+            assert set(labels) == set(SOUND_HEADS)
+            asked = {name for name, label in labels.items() if label >= 0}
+            (event, *_) = scene.events
+            if family == "sync":
+                moments = [moment.things[0].y for moment in scene.moments]
+                together = labels["timing"] == (1, 3, 5).index(int(np.argmax(moments)))
+                assert asked == {"timing"} and together == (scene.fact == "yes")
+            elif family == "sounding":
+                first = scene.things[0].name == scene.fact
+                assert asked == {"half"} and labels["half"] == (not first)
+            else:
+                assert asked == {family}
+            if family == "beeps":
+                assert labels["beeps"] + 1 == len(scene.events)
+            if family == "glide":
+                assert (labels["glide"] == 0) == (event.pitches[1] > event.pitches[0])
+
+
+def test_steps_are_labelled_where_something_is_heard():
+    tone = Event("tone", 0.5, 0.5, (0.3, 0.3), (570.0, 570.0), "pure")
+    hiss = Event("hiss", 1.5, 0.25, (0.3, 0.3))
+    found = step_labels((tone, hiss), steps=8, step_seconds=0.25)
+    assert found["heard"].tolist() == [0, 0, 3, 3, 0, 0, 7, 0]
+    assert found["weights"].tolist() == [1] * 8
+    # A quarter of the second stretch, and half of the fourth.
+    late = dataclasses.replace(tone, start=0.4375, seconds=0.4375)
+    found = step_labels((late,), steps=8, step_seconds=0.25)
+    assert found["heard"].tolist() == [0, 0, 3, 0, 0, 0, 0, 0]
+    assert found["weights"].tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
+
+
 @pytest.fixture(scope="module")
 def beginning():
-    return random_parts(_narrow(ZOO["tiny"]), list(ZOO["tiny"].parts), 0, None, narrow=True)
+    return random_parts(NARROW_TINY, list(NARROW_TINY.parts), 0, None, narrow=True)
 
 
-@pytest.mark.parametrize("part", ["vision", "connector", "decoder"])
+@pytest.mark.parametrize("part", ["vision", "connector", "audio", "decoder"])
 def test_lesson_lowers_its_loss_and_touches_only_its_part(part, beginning, monkeypatch):
     tokenizer = load_tokenizer(TINY / "tokenizer")
-    card = model_card(_narrow(ZOO["tiny"]), tokenizer)
+    card = model_card(NARROW_TINY, tokenizer)
 
     def one_batch(lesson, *arguments):
         """The same one, since batches of 8 differ more than they teach."""
@@ -98,17 +127,17 @@ def test_lesson_lowers_its_loss_and_touches_only_its_part(part, beginning, monke
     monkeypatch.setattr("vllama2_jax.train.schooling.make_task", one_batch)
     after, losses = teach(_lesson(part, 30), beginning, card, tokenizer, 0)
     assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
-    assert set(after) == set(ZOO["tiny"].parts)
+    assert set(after) == set(NARROW_TINY.parts)
     changed = {
         path.split("/")[0]
         for path, leaf in flatten(after).items()
         if not np.array_equal(leaf, flatten(beginning)[path])
     }
-    assert changed == {part}
+    assert changed == ({"audio", "audio_connector"} if part == "audio" else {part})
 
 
 def test_schooling_saves_a_model_that_loads_and_spares_a_folder_in_use(tmp_path, capsys):
-    config, out = _narrow(ZOO["tiny"]), tmp_path / "start"
+    config, out = NARROW_TINY, tmp_path / "start"
     lesson = dataclasses.replace(_lesson("vision", 1), rows=2)
     school(config, out, [lesson])
     params, card = load_model(out, lambda card: abstract_params(card.config))
@@ -120,9 +149,15 @@ def test_schooling_saves_a_model_that_loads_and_spares_a_folder_in_use(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "batches", [lambda: picture_batches(64, 8, 2, 5), lambda: labelled_clips(64, 2, 5)]
+    "batches, shape",
+    [
+        (lambda: picture_batches(64, 8, 2, 5), (64, 64, 3)),
+        (lambda: labelled_clips(64, 2, 5), (64, 64, 3)),
+        (lambda: labelled_sounds(2.0, 12, 0.16, 2, 5), (1, 198, 128)),
+    ],
 )
-def test_batches_of_labels_are_reproducible(batches):
+def test_batches_of_labels_are_reproducible(batches, shape):
     first, again = (next(batches()) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert first["frames"].shape[-3:] == (64, 64, 3)
+    media = first.get("frames", first.get("audio"))
+    assert media.shape[-3:] == shape and len(media) == 2

@@ -7,13 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from miniature import SEEING_TINY
 
 from vllama2_jax.convert.hf_config import model_from_json, read_json
 from vllama2_jax.models.config import ConnectorConfig, DecoderConfig
 from vllama2_jax.models.flops import forward_flops
 from vllama2_jax.models.remat import REMAT_POLICIES
 from vllama2_jax.models.vllama2 import Batch, VLlama2, abstract_params
-from vllama2_jax.models.zoo import ZOO
 from vllama2_jax.train.flops import peak_flops, step_flops
 from vllama2_jax.train.loss import LossConfig, batch_loss
 
@@ -92,7 +92,7 @@ LENGTH, CHUNK, EXPERTS = 128, 32, 2
 
 
 def text_config(num_experts):
-    tiny = ZOO["tiny"]
+    tiny = SEEING_TINY
     decoder = DecoderConfig(
         family="mixtral" if num_experts else "qwen2",
         vocab_size=512,
@@ -156,7 +156,7 @@ def test_logits_of_chunks_are_computed_again():
 
 def test_text_alone_trains_without_the_tower_and_its_connector():
     shape = dict(rows=2, length=64, frames=0, clips=0)
-    tiny = ZOO["tiny"]
+    tiny = SEEING_TINY
     expected = 3 * sum(forward_flops(tiny, **shape).values())
     for actions in (STAGES["sft"], STAGES["all"]):
         assert step_flops(tiny, actions, **shape).model == expected
@@ -172,7 +172,7 @@ def test_text_alone_trains_without_the_tower_and_its_connector():
 )
 def test_what_cannot_be_meant_is_refused(actions, options, words):
     with pytest.raises(ValueError, match=words):
-        step_flops(ZOO["tiny"], actions, rows=1, length=8, frames=0, clips=0, **options)
+        step_flops(SEEING_TINY, actions, rows=1, length=8, frames=0, clips=0, **options)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,14 @@ def add_data(command) -> None:
     """Add `data` and its kinds; `command` is of `cli.main`."""
     data = command("data", None, "make and check data to train on")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
-    toybox = command("toybox", _toybox, "render small videos with questions and answers", kinds)
+    toybox = command("toybox", _toybox, "render small videos and sounds with questions", kinds)
     toybox.add_argument("dir", metavar="DIR", help="a new directory: train.json, heldout.json")
+    toybox.add_argument(
+        "--media",
+        choices=("video", "audio", "av", "all"),
+        default="all",
+        help="videos, sounds, videos with sound that belongs to them, or all (%(default)s)",
+    )
     toybox.add_argument("--clips", type=int, default=1000, help="to render (%(default)s)")
     toybox.add_argument("--seed", type=int, default=0)
 
@@ -54,11 +60,13 @@ def _media_root_option(parser) -> None:
 
 
 def _toybox(options) -> None:
-    from vllama2_jax.data.toybox import write_toybox
+    from vllama2_jax.data.toybox.families import FAMILIES, FAMILIES_OF
+    from vllama2_jax.data.toybox.files import write_toybox
     from vllama2_jax.progress import bar
 
+    families = FAMILIES_OF.get(options.media, FAMILIES)
     with bar("rendering", unit="clips") as progress:
-        write_toybox(options.dir, options.clips, seed=options.seed, progress=progress)
+        write_toybox(options.dir, options.clips, options.seed, families=families, progress=progress)
     print(f"{options.clips} clips in {options.dir}: train.json, heldout.json")
 
 

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
 
 from vllama2_jax.data.check_report import Checked, Quarantined, Report
 from vllama2_jax.data.examples import text_tokens
@@ -80,7 +81,7 @@ def check(
         for number in range(len(source)):
             _read_one(source, number, tokenizer, template, findings)
             progress(number + 1, len(source))
-    seconds, bad = {}, findings.bad
+    media_found, bad = {}, findings.bad
     with bar("probing", unit="media") as progress:
         for numbers, found in _probe_all(
             source, findings.records, media_root, workers, limits, progress
@@ -89,13 +90,21 @@ def check(
                 if isinstance(found, MediaError):
                     bad[number] = Quarantined(number, findings.ids[number], str(found))
                 else:
-                    seconds[number] = found
+                    media_found[number] = found
     checked = []
     for number, record in findings.records.items():
         media = record.media.kind if record.media else "text"
-        names = (record.dataset, media, record.kind)
+        seconds, silent = media_found.get(number, _Found(None))
         checked.append(
-            Checked(*names, number in bad, seconds.get(number), findings.tokens.get(number))
+            Checked(
+                record.dataset,
+                media,
+                record.kind,
+                number in bad,
+                seconds,
+                findings.tokens.get(number),
+                silent,
+            )
         )
     usable = [None if n in bad else findings.tokens.get(n) for n in range(len(source))]
     return Report(
@@ -110,6 +119,18 @@ def check(
         template=None if tokenizer is None else template_key(template),
         lengths=None if tokenizer is None else usable,
     )
+
+
+class _Found(NamedTuple):
+    """What probing media has found.
+
+    Attributes:
+      seconds: of the part that is asked for; None for what knows no time.
+      silent: whether sound is asked for of a video that has none.
+    """
+
+    seconds: float | None
+    silent: bool = False
 
 
 @dataclasses.dataclass
@@ -141,7 +162,7 @@ def _read_one(source: Source, number: int, tokenizer, template, findings: _Findi
 
 
 def _probe_all(source, records, media_root, workers, limits, progress):
-    """Yield (numbers of the records, seconds or None or a `MediaError`) of each distinct media."""
+    """Yield (numbers of the records, what is found or a `MediaError`) of each distinct media."""
     users = collections.defaultdict(list)
     for number, record in records.items():
         if record.media:
@@ -174,8 +195,8 @@ class _Prober:
         for decoder in self._decoders:
             decoder.close_at_exit()
 
-    def __call__(self, number: int, media: Media) -> float | None:
-        """Seconds of the part that is asked for; None for what knows no time."""
+    def __call__(self, number: int, media: Media) -> _Found:
+        """Probe a record's media, or raise a `MediaError`."""
         if not hasattr(self._own, "decoder"):
             self._own.decoder = Decoder()
             self._decoders.append(self._own.decoder)
@@ -187,10 +208,11 @@ class _Prober:
             place = media.pictures(places)
             if not isinstance(place, str):
                 ask("stills", place, self._limits, **reading)
-                return None
+                return _Found(None, media.kind == "av" and media.sound is None)
             info = self._probe(ask, place, media.kind)
+            silent = media.kind == "av" and media.sound is None and not info.has_audio
             if info.seconds is None or (media.start is None and media.end is None):
-                return info.seconds
+                return _Found(info.seconds, silent)
             if media.seen:
                 part = {"num_frames": 1, "start": media.start, "end": media.end}
                 ask("clip", [place], self._limits, **reading, **part)
@@ -199,7 +221,8 @@ class _Prober:
                 raise MediaError(
                     place, f"ends at {last:.2f} s, before its part begins", "mend `start`"
                 )
-            return max(min(last if media.end is None else media.end, last) - first, 0.0)
+            last = min(last if media.end is None else media.end, last)
+            return _Found(max(last - first, 0.0), silent)
 
     def _probe(self, ask, place: str, kind: str) -> MediaInfo:
         info = MediaInfo(**ask("probe", [place], self._limits)[0])

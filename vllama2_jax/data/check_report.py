@@ -29,7 +29,15 @@ class Quarantined:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A readable record: what it belongs to, whether its media are bad, seconds, text tokens."""
+    """A readable record.
+
+    Attributes:
+      dataset, media, kind: what it belongs to.
+      is_bad: whether its media are.
+      seconds: of the part of its media that is asked for; None for what knows no time.
+      tokens: of its text.
+      silent: whether sound is asked for of a video that has none.
+    """
 
     dataset: str
     media: str
@@ -37,6 +45,7 @@ class Checked:
     is_bad: bool
     seconds: float | None
     tokens: int | None
+    silent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +95,9 @@ class Report:
         notes = [
             f"key `{name}` is ignored in {n} record(s)" for name, n in self.ignored_keys.items()
         ]
+        silent = sum(record.silent for record in self.checked)
+        if silent:
+            notes.append(f"{silent} video(s) have no sound track; training hears silence instead")
         repeated = len(self.ids) - len(set(self.ids))
         if repeated:
             notes.append(f"{repeated} id(s) occur again; records are told apart by number")

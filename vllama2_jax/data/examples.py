@@ -63,7 +63,8 @@ class RecordFormat:
     def __post_init__(self):
         if self.style not in STYLES:
             raise ValueError(f"unknown style {self.style!r}; known: {', '.join(STYLES)}")
-        if min(self.limit(1, 0), self.limit(0, 1)) < 2:
+        alone = [self.limit(1, 0), *([self.limit(0, 1)] if self.sound_tokens else [])]
+        if max(alone) < 2:  # one of them may never occur
             sound = f" or a sound of {self.sound_tokens}" if self.sound_tokens else ""
             raise ValueError(
                 f"rows of {self.max_length} slots leave no room for text beside a clip of "

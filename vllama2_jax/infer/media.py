@@ -148,15 +148,15 @@ def _encode(generator: Generator, card: ModelCard, clip, bank) -> EncodedMedia:
 def _choose(card: ModelCard, media, modality: str, limits: Limits) -> str:
     """What "auto" means for these media; "av" and "audio" are checked against them.
 
-    A model that hears takes a video with its sound, as the original's does. What is in memory, a
-    GIF or a folder has none.
+    A model that hears takes a video with its sound, as the original's does, if it has a track. What
+    is in memory, a GIF or a folder has none.
     """
     if card.sound is None:
         return "auto"
     kind = media_kind(media, limits) if isinstance(media, str | os.PathLike) else None
     if modality == "auto":
-        return {"audio": "audio", "video": "av"}.get(kind, "auto")
-    if kind not in ("audio", "video"):
+        return kind if kind in ("audio", "av") else "auto"
+    if kind not in ("audio", "av", "video"):
         what = os.fspath(media) if kind else "in memory"
         raise MediaError(
             what, "has no sound track to hear", "give the path of a video or sound file"

@@ -16,6 +16,10 @@ from vllama2_jax.media.ffmpeg import DAMAGED, open_file, picture_streams
 
 # Decoding begins so much before what is wanted: a packet may lean on some before it.
 _LEAD_SECONDS = 1.0
+# Packets of so many bytes are kept between looking through them and decoding them.
+_MOST_KEPT = 16 << 20
+# Samples that are resampled together; the frames of a track are as short as 20 ms.
+_BLOCK = 1 << 14
 # A header may promise this much more than the packets hold: encoders count their own padding.
 _TOLERANCE_SECONDS = 0.5
 _NO_SOUND = "holds no sound"
@@ -44,7 +48,7 @@ class AudioFile:
           MediaError: not a file with sound or footage, or one that is cut short.
         """
         self.path, self._limits = path, limits
-        self._container = open_file(path, _NO_SOUND)
+        self._container = open_file(path, _NO_SOUND, for_sound=True)
         self.has_track = bool(self._container.streams.audio)
         if self.has_track:
             self._stream = self._pick_stream()
@@ -69,9 +73,15 @@ class AudioFile:
 
     def _scan(self):
         """Read every packet's time; nothing is decoded."""
-        base, held = self._stream.time_base, 0
+        base, held, size = self._stream.time_base, 0, 0
         first = end = None
+        self._kept: list | None = []
         for packet in self._packets():
+            size += packet.size
+            if size > _MOST_KEPT:
+                self._kept = None
+            if self._kept is not None:
+                self._kept.append(packet)
             if packet.size and packet.pts is not None and not packet.is_discard:
                 length = packet.duration or 0
                 first = packet.pts if first is None else min(first, packet.pts)
@@ -127,13 +137,21 @@ class AudioFile:
           float32 [n] in steps of 1 / 32768; shorter than asked where the track ends before.
         """
         resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-        parts, begin = [np.zeros(0, np.int16)], None
+        waiting, parts, begin = av.AudioFifo(), [np.zeros(0, np.int16)], None
+
+        def resample(frame):
+            parts.extend(part.to_ndarray()[0] for part in resampler.resample(frame))
+
         for time, frame in self._frames(start, end):
             if begin is None:
                 frame, begin = self._on_grid(frame, time)
             frame.pts = None  # gaps are closed, as the command does
-            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+            waiting.write(frame)
+            for block in waiting.read_many(_BLOCK):
+                resample(block)
+        if waiting.samples:
+            resample(waiting.read())
+        resample(None)
         samples = np.concatenate(parts)
         return self._between(samples, SAMPLE_RATE, begin, start, end) / np.float32(1 << 15)
 
@@ -175,12 +193,15 @@ class AudioFile:
 
     def _frames(self, start: float, end: float) -> Iterator[tuple[float, av.AudioFrame]]:
         """Decoded frames that touch a stretch, with the seconds at which each begins."""
-        self._container.close()
-        self._container = open_file(self.path, _NO_SOUND)
-        self._stream = self._pick_stream()
+        packets, self._kept = self._kept, None
+        if packets is None:  # too many, or decoded before
+            self._container.close()
+            self._container = open_file(self.path, _NO_SOUND, for_sound=True)
+            self._stream = self._pick_stream()
+            packets = self._packets()
         base, position = float(self._stream.time_base), None
         first, last = (seconds + self._begin for seconds in (start - _LEAD_SECONDS, end))
-        for packet in self._packets():
+        for packet in packets:
             time = None if packet.pts is None else float(packet.pts * base)
             if time is not None and time + float((packet.duration or 0) * base) < first:
                 continue

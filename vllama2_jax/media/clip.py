@@ -133,7 +133,9 @@ def probe(path: str | Path, limits: Limits | None = None) -> MediaInfo:
 
 
 def media_kind(path: str | Path, limits: Limits | None = None) -> str:
-    """ "video", "gif", "image", "folder" or "audio", by content; nothing is decoded.
+    """ "video", "av" (with a sound track), "gif", "image", "folder" or "audio", by content.
+
+    Nothing is decoded.
 
     Raises:
       MediaError: naming the file, what is wrong and what to do.

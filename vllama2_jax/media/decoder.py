@@ -197,14 +197,14 @@ def read_sound(request: dict, limits: Limits) -> tuple[dict, np.ndarray | None]:
 
 
 def kind_inside(path: str, limits: Limits) -> str:
-    """`kind_of`, with "audio" for a file of sound without pictures."""
+    """`kind_of`, with "audio" for sound without pictures and "av" for a video with a track."""
     kind = kind_of(path, limits)
     if kind == "video":
         from vllama2_jax.media.ffmpeg import open_file, picture_streams, told
 
         with told(path), contextlib.closing(open_file(path, "holds nothing")) as container:
-            if container.streams.audio and not picture_streams(container):
-                return "audio"
+            if container.streams.audio:
+                return "av" if picture_streams(container) else "audio"
     return kind
 
 
@@ -217,6 +217,7 @@ def probe(request: dict, limits: Limits) -> tuple[dict, None]:
     """What a file holds."""
     path = request["paths"][0]
     kind = kind_inside(path, limits)
+    kind = "video" if kind == "av" else kind
     info = {"kind": kind, "num_frames": 1, "fps": None, "seconds": None, "has_audio": False}
     if kind == "image":
         info["width"], info["height"] = stills.read_image(path, limits, False).size

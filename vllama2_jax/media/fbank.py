@@ -11,12 +11,14 @@ import numpy as np
 SAMPLE_RATE = 16_000
 NUM_BINS = 128
 _WINDOW, _HOP, _FFT = 400, 160, 512
+FRAME_SECONDS = _HOP / SAMPLE_RATE
 _LOWEST, _HIGHEST = 20.0, SAMPLE_RATE / 2
 _PREEMPHASIS = 0.97
 _FLOOR = np.finfo(np.float32).eps
 _INT16 = 1 << 15  # Kaldi reads samples as 16-bit integers
-# So many windows at a time stay in a core's cache between the passes over them.
-_BLOCK = 256
+# So many windows at a time stay in a core's cache between the passes over them, and OpenBLAS gives
+# products as small to one thread: two of them, beside a step of training, wait for each other.
+_BLOCK = 64
 
 
 def num_frames(samples: int) -> int:
@@ -56,6 +58,9 @@ def filter_bank(samples: np.ndarray) -> np.ndarray:
     for begin in range(0, count, _BLOCK):
         rows = min(_BLOCK, count - begin)
         part = samples[begin * _HOP : begin * _HOP + num_samples(rows)]
+        if not part.any():  # as what short sound is filled with
+            out[begin : begin + rows] = 0
+            continue
         scaled = np.multiply(part, _INT16, dtype=np.float64)
         # Each window's first sample is weighed with zero, so that what stands in front of it, by
         # which pre-emphasis could differ from window to window, is of no account.

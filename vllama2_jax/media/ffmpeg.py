@@ -1,6 +1,7 @@
 """Opening a file with FFmpeg (PyAV), and saying in words why it cannot be opened."""
 
 import contextlib
+import functools
 
 import av
 
@@ -16,21 +17,36 @@ _FORMATS = (
 )
 
 
-def open_file(path: str, nothing: str):
+def open_file(path: str, nothing: str, for_sound: bool = False):
     """The open container.
 
     Args:
       path: the file.
       nothing: what a file lacks whose container is whole and empty, "holds no frames" or the like.
+      for_sound: only its sound is to be decoded. FFmpeg then needs no look at its first pictures,
+        which takes most of the time.
 
     Raises:
       MediaError: for what is no video or sound, or is cut short.
     """
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    if for_sound:
+        options["codec_whitelist"] = _sound_codecs()
     try:
         return av.open(path, metadata_errors="replace", options=options)
     except (av.FFmpegError, ValueError) as error:
         raise _cannot_open(path, nothing, error) from None
+
+
+@functools.cache
+def _sound_codecs() -> str:
+    """Names of all decoders of sound."""
+    names = []
+    for name in sorted(av.codecs_available):
+        with contextlib.suppress(ValueError):  # it only encodes
+            if av.Codec(name, "r").type == "audio":
+                names.append(name)
+    return ",".join(names)
 
 
 def _cannot_open(path: str, nothing: str, error) -> MediaError:

@@ -1,13 +1,14 @@
-"""Show people which frames were looked at: a contact sheet, or a sketch in the terminal."""
+"""Show people what was looked at and heard: contact sheet, sketch in the terminal, spectrum."""
 
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from vllama2_jax.media.clip import Clip
 
 _GAP, _CAPTION = 4, 14
+_QUIET, _MIDDLE, _LOUD = "black", "#b4326a", "#ffe8a0"
 
 
 def contact_sheet(clip: Clip, side: int = 192, columns: int = 4) -> Image.Image:
@@ -63,6 +64,19 @@ def sketch(clip: Clip, width: int = 80, most: int = 8) -> str:
         lines.append("\x1b[0m ".join(cells_of) + "\x1b[0m")
     lines.append(" ".join(_caption(clip, i).ljust(side)[:side] for i in chosen))
     return "\n".join(lines)
+
+
+def spectrum(bank: np.ndarray, width: int = 784, height: int = 256) -> Image.Image:
+    """A filter bank as a picture: time to the right, pitch upwards, the louder the brighter.
+
+    Args:
+      bank: float32 [frames, 128], see `fbank.filter_bank`.
+      width, height: of the picture, in pixels.
+    """
+    quiet, loud = float(bank.min()), float(bank.max())
+    levels = (bank.T[::-1] - quiet) * (255 / max(loud - quiet, 1e-6))
+    picture = Image.fromarray(levels.astype(np.uint8)).resize((width, height))
+    return ImageOps.colorize(picture, _QUIET, _LOUD, mid=_MIDDLE)
 
 
 def _caption(clip: Clip, number: int) -> str:

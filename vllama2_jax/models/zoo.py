@@ -68,6 +68,23 @@ TINY_TOWER = ViTConfig(
     image_std=SIGLIP_STD,
 )
 
+# Two seconds: as long as Toybox's clips.
+TINY_BEATS = BeatsConfig(
+    patch_size=16,
+    patch_width=64,
+    width=96,
+    mlp_dim=192,
+    num_layers=3,
+    num_heads=4,
+    seconds=2.0,
+    conv_window=64,
+    conv_groups=4,
+    num_buckets=64,
+    max_distance=96,
+    layer_drop=0.0,
+    gradient_decay=1.0,
+)
+
 TOWERS = {
     "openai/clip-vit-large-patch14-336": CLIP_L_336,
     "google/siglip-so400m-patch14-384": SIGLIP_SO400M_384,
@@ -216,7 +233,16 @@ ZOO = {
             audio=BEATS_ITER3,
             audio_connector="mlp2x_gelu",
         ),
-        _model("tiny", TINY_TOWER, "stc_connector_v35", TINY_DECODER, 8, depth=1),
+        _model(
+            "tiny",
+            TINY_TOWER,
+            "stc_connector_v35",
+            TINY_DECODER,
+            8,
+            depth=1,
+            audio=TINY_BEATS,
+            audio_connector="mlp2x_gelu",
+        ),
     )
 }
 

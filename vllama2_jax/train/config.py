@@ -87,7 +87,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ToyboxConfig:
-    """Records that are made in memory, of rendered clips (see `data/toybox_source.py`).
+    """Records that are made in memory, of rendered clips (see `data/toybox/source.py`).
 
     Attributes:
       name: of the dataset.
@@ -96,6 +96,8 @@ class ToyboxConfig:
       split: "train" or "heldout".
       seed: decides them.
       told: of "clips", share of those that are described, not asked about.
+      media: what their scenes are about, "video", "audio", "av" or "all".
+      withheld: of "clips", share of those that are asked about without (some of) their media.
       share: as in `SourceConfig`.
     """
 
@@ -105,6 +107,8 @@ class ToyboxConfig:
     split: str = "train"
     seed: int = 0
     told: float = 0.0
+    media: str = "video"
+    withheld: float = 0.0
     share: float | None = None
 
 

@@ -19,7 +19,7 @@ from vllama2_jax.data.mixture import Mixture, joint_mixture
 from vllama2_jax.data.pipeline import Feed
 from vllama2_jax.data.schedule import Schedule
 from vllama2_jax.data.sources import open_source
-from vllama2_jax.data.toybox_source import ToyboxReader, ToyboxSource
+from vllama2_jax.data.toybox.source import ToyboxListener, ToyboxReader, ToyboxSource
 from vllama2_jax.media import Limits
 from vllama2_jax.models.vllama2 import Batch
 from vllama2_jax.progress import bar
@@ -62,7 +62,7 @@ class _Records(NamedTuple):
     source: Subset
     index: Index
     reader: ClipReader | ToyboxReader
-    listener: SoundReader | None
+    listener: SoundReader | ToyboxListener | None
     fingerprint: str
 
 
@@ -218,9 +218,10 @@ def _open(
     workers: int,
 ) -> _Records:
     if isinstance(config, ToyboxConfig):
-        source = ToyboxSource(config.records, config.kind, config.split, config.seed, config.told)
+        options = dataclasses.asdict(config)
+        source = ToyboxSource(**{f.name: options[f.name] for f in dataclasses.fields(ToyboxSource)})
         reader, report = ToyboxReader(card.image.size, card.config.num_frames), ""
-        listener = None
+        listener = ToyboxListener(card.sound.seconds) if card.sound else None
     else:
         source, report = open_source(config.file), config.report
         how = dict(

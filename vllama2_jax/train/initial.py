@@ -5,7 +5,7 @@ import math
 import flax.linen as nn
 import jax
 
-from vllama2_jax.models.config import DecoderConfig, VLlama2Config
+from vllama2_jax.models.config import BeatsConfig, DecoderConfig, VLlama2Config
 from vllama2_jax.models.vllama2 import init_params
 
 _EMBEDDING_STD = 0.5
@@ -20,7 +20,26 @@ def initial_params(config: VLlama2Config, seed: int) -> dict:
         params["vision"]["position_embed"], _POSITION_STD
     )
     params["decoder"] = widen_decoder(params["decoder"], config.decoder)
+    if config.audio:
+        params["audio"] = widen_beats(params["audio"], config.audio)
     return params
+
+
+def widen_beats(tower: dict, config: BeatsConfig) -> dict:
+    """Initial values for a narrow audio tower: matrices that keep their input's size."""
+    fan_in = {
+        "patch_embed": config.patch_size**2,
+        "patch_project": config.patch_width,
+        "fc2": config.mlp_dim,
+    }
+
+    def scale(path, leaf):
+        names = [key.key for key in path]
+        if names[-1] != "kernel" or names[-2] in ("conv", "gate"):
+            return leaf
+        return _with_std(leaf, fan_in.get(names[-2], config.width) ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(scale, tower)
 
 
 def widen_decoder(decoder: dict, config: DecoderConfig) -> dict:

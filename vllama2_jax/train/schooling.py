@@ -2,11 +2,11 @@
 
     python -m vllama2_jax.train.schooling --out runs/tiny_start
 
-The published towers come trained on pairs of pictures and captions, the published language models
-have read the internet. At the size of `tiny` neither is so: behind a decoder, tower and connector
-learn slowly. So each first learns by itself, tower and connector behind heads of their own
-(`heads.py`), and the decoder from scenes told in words, with questions about them. What comes out
-is a saved model, with which `configs/tiny_video_pretrain.py` begins.
+The published towers come trained on captioned pictures and labelled sounds, the published language
+models have read the internet. At the size of `tiny` neither is so: behind a decoder, towers and
+connectors learn slowly. So each first learns by itself, towers and connectors behind heads of their
+own (`heads.py`), and the decoder from scenes told in words, with questions about them. What comes
+out is a saved model, with which `configs/tiny_video_pretrain.py` begins.
 """
 
 import argparse
@@ -20,17 +20,18 @@ from pathlib import Path
 import optax
 
 from vllama2_jax.checkpoints import CheckpointError, GenerationDefaults, ModelCard, save_model
-from vllama2_jax.data.toybox_labels import labelled_clips, picture_batches
-from vllama2_jax.data.toybox_tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
+from vllama2_jax.data.toybox.labels import labelled_clips, labelled_sounds, picture_batches
+from vllama2_jax.data.toybox.tokenizer import END_OF_TEXT, TURN_END, train_tokenizer
+from vllama2_jax.media.fbank import FRAME_SECONDS
 from vllama2_jax.media.image import ImageSpec
-from vllama2_jax.media.preset import REFERENCE
+from vllama2_jax.media.preset import PAPER_SOUND, REFERENCE
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.models.zoo import model_config
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 from vllama2_jax.train.config import DataConfig, ToyboxConfig
 from vllama2_jax.train.feeding import make_feeding
-from vllama2_jax.train.heads import HEADS_OF, connector_loss, make_heads, tower_loss
+from vllama2_jax.train.heads import HEADS_OF, connector_loss, make_heads, sound_loss, tower_loss
 from vllama2_jax.train.loop import run_steps
 from vllama2_jax.train.loss import batch_loss
 from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -39,9 +40,10 @@ from vllama2_jax.train.step import TrainState, init_state, make_step
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
 
 _HEADS = "heads"
+_TAUGHT = {"audio": ("audio", "audio_connector")}  # the others are parts by themselves
 _TEMPLATE = "chatml"
 _READING = DataConfig(
-    sources=(ToyboxConfig("text", records=30_000, kind="text"),),
+    sources=(ToyboxConfig("text", records=30_000, kind="text", media="all"),),
     max_length=192,
     buckets=(192,),
     packing=True,
@@ -54,7 +56,8 @@ class Lesson:
     """What one part of the network learns by itself.
 
     Attributes:
-      part: "vision", "connector" or "decoder"; it and its heads train, the rest is frozen.
+      part: "vision", "connector", "audio" (with its connector) or "decoder"; it and its heads
+        train, the rest is frozen.
       steps: how many.
       rows: of a batch.
       optimizer: how.
@@ -74,7 +77,8 @@ def _lesson(part, learning_rate, warmup_ratio, steps, rows) -> Lesson:
 LESSONS = (
     _lesson("vision", 2e-3, 0.04, steps=1200, rows=32),
     _lesson("connector", 3e-3, 0.025, steps=1200, rows=24),
-    _lesson("decoder", 2e-3, 0.03, steps=900, rows=16),
+    _lesson("audio", 2e-3, 0.04, steps=900, rows=32),
+    _lesson("decoder", 2e-3, 0.03, steps=800, rows=16),
 )
 
 
@@ -151,8 +155,8 @@ def begin_lesson(
     if heads:
         width = config.vision.width if lesson.part == "vision" else config.connector.out_dim
         params = {**params, _HEADS: make_heads(heads, width, seed)}
-    taught = f"({lesson.part}|{_HEADS})/.*" if heads else f"{lesson.part}/.*"
-    assigned = assign_rules((Rule(taught, "train"), Rule(".*", "freeze")), params)
+    taught = "|".join((*_TAUGHT.get(lesson.part, (lesson.part,)), *([_HEADS] if heads else ())))
+    assigned = assign_rules((Rule(f"({taught})/.*", "train"), Rule(".*", "freeze")), params)
     trainable, frozen = partition(params, assigned)
     optimizer = make_optimizer(lesson.optimizer, lesson.steps, assigned)
     return init_state(trainable, optimizer), frozen, optimizer
@@ -168,6 +172,12 @@ def make_task(
         return functools.partial(tower_loss, config), batches
     if lesson.part == "connector":
         return functools.partial(connector_loss, config), labelled_clips(size, lesson.rows, seed)
+    if lesson.part == "audio":
+        tower = config.audio
+        steps = tower.num_frames // tower.patch_size
+        along = steps, tower.patch_size * FRAME_SECONDS
+        batches = labelled_sounds(tower.seconds, *along, lesson.rows, seed)
+        return functools.partial(sound_loss, config), batches
     feeding = make_feeding(
         _READING,
         card,
@@ -186,7 +196,7 @@ def model_card(config: VLlama2Config, tokenizer: Tokenizer) -> ModelCard:
     return ModelCard(
         config=config,
         image=ImageSpec(vision.image_size, "stretch", vision.image_mean, vision.image_std),
-        preset=REFERENCE,
+        preset=dataclasses.replace(REFERENCE, name="toybox", sound=PAPER_SOUND),
         generation=GenerationDefaults(
             stop_ids=tuple(tokenizer.encode(text)[0] for text in (TURN_END, END_OF_TEXT))
         ),

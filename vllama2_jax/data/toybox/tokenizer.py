@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from vllama2_jax.data.toybox_questions import ask_about, describe
-from vllama2_jax.data.toybox_scenes import sample_scene
+from vllama2_jax.data.toybox.families import FAMILIES, sample_scene
+from vllama2_jax.data.toybox.questions import ask_about, describe
 
 VOCAB_SIZE = 640  # that of the zoo's `tiny`
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -38,8 +38,8 @@ def train_tokenizer(path: str | Path) -> None:
     """
     rng = np.random.default_rng(0)
     lines = _TEMPLATE + _ASCII + _ENGLISH.splitlines() * 20
-    for _ in range(_SCENES):
-        scene = sample_scene(rng, "train")
+    for number in range(_SCENES):
+        scene = sample_scene(rng, "train", FAMILIES[number % len(FAMILIES)])
         lines.append(describe(scene))
         for question in ask_about(scene, rng):
             lines += [question.text, question.answer]

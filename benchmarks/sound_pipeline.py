@@ -1,0 +1,78 @@
+"""What hearing costs the data pipeline: videos with their sound beside the same videos alone.
+
+    python benchmarks/sound_pipeline.py [--repeats 7] [--steps 12] [--folder DIR]
+
+The clips of `pipeline.py`, with a stereo AAC track at 44.1 kHz. Of each, 8 frames are read for
+CLIP, and with sound eight pieces of two seconds for BEATs as well, as joint training reads them
+(preset "reference"). All else, and how it is measured, is as in `pipeline.py`.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from pipeline import CLIP_336, LIMITS, NUM_FRAMES, ROWS, Pipeline, ratio, title, write_records
+from rich.console import Console
+from rich.table import Table
+
+from vllama2_jax.data.assemble import ClipReader, Hearing, SoundReader
+from vllama2_jax.data.sources import open_source
+from vllama2_jax.media import SoundSpec
+from vllama2_jax.models.zoo import BEATS_ITER3
+
+WORKERS = (0, 1, 2)
+
+
+def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[float]]:
+    """Clips per second of each side's turns."""
+    alone = write_records(folder, sound=True)
+    records = [record | {"audio": True} for record in json.loads(alone.read_text())]
+    both = folder / "both.json"
+    both.write_text(json.dumps(records))
+    read = ClipReader(CLIP_336, NUM_FRAMES, root=str(folder), limits=LIMITS)
+    listen = SoundReader(SoundSpec(BEATS_ITER3.seconds), root=str(folder), limits=LIMITS)
+    hearing = Hearing((listen,), BEATS_ITER3.num_frames, max_sounds=1)
+    sides = {}
+    for workers in WORKERS:
+        named = f"{workers} workers"
+        sides[f"alone, {named}"] = Pipeline(open_source(alone), read, workers)
+        sides[f"with sound, {named}"] = Pipeline(
+            open_source(both), read, workers, hearing, BEATS_ITER3.num_tokens
+        )
+    check_heard(sides["with sound, 0 workers"])
+    rates = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            rates[name].append(steps * ROWS / side.seconds(steps))
+    return rates
+
+
+def check_heard(pipeline: Pipeline):
+    """Every row of a batch has its sound."""
+    (batch,) = pipeline.feed(1).batches()
+    if batch.faults or not batch.arrays["audio_mask"].all():
+        raise SystemExit(f"the pipeline hears nothing: {batch.faults}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=12, help=f"batches of {ROWS} clips in a turn")
+    parser.add_argument("--folder", type=Path, help="keep the rendered clips here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        rates = measure(folder, options.repeats, options.steps)
+    table = Table("side", "clips / s", "min", "max", "of the video alone", title=title())
+    for name, turns in rates.items():
+        base = rates[name.replace("with sound", "alone")]
+        cells = (statistics.median(turns), min(turns), max(turns))
+        table.add_row(name, *(f"{rate:.1f}" for rate in cells), ratio(turns, base))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

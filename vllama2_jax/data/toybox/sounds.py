@@ -1,0 +1,126 @@
+"""What is heard in Toybox: how the sounds of each family come about by lot.
+
+* pitch: one tone, low or high. glide: one tone that rises or falls. beeps: so many short ones.
+* noise: one of four, in one of six shapes over time.
+* timing: one beep, at one of three times.
+
+Tones have a voice, one of six registers and three timbres.
+"""
+
+import dataclasses
+
+from vllama2_jax.data.toybox.scenes import (
+    COUNTS,
+    GLIDES,
+    MOMENT_SECONDS,
+    NOISES,
+    PITCHES,
+    REGISTERS,
+    SECONDS,
+    TIMES,
+    VOICES,
+    Event,
+    Scene,
+    is_voice_heldout,
+)
+
+_LEVEL = (0.15, 0.4)  # range of amplitudes
+_BEEP = 0.1  # seconds
+_BETWEEN = 0.38  # seconds from one beep to the next
+_GLIDE = 2**0.5  # of pitches, from where a glide starts to its middle
+# Shapes of a noise over time: stretches (start, seconds, level at start, level at end).
+_SHAPES = (
+    ((0.1, 1.8, 1, 1),),
+    ((0.1, 1.8, 0.1, 1),),
+    ((0.1, 1.8, 1, 0.1),),
+    ((0.1, 0.8, 1, 1),),
+    ((1.1, 0.8, 1, 1),),
+    tuple((0.1 + 0.4 * i, 0.25, 1, 1) for i in range(5)),
+)
+
+
+def pitch(rng, split, stratum) -> Scene:
+    """A scene of the family; `stratum` is that of `families.sample_scene`."""
+    half = len(REGISTERS) // 2
+    voice = _voice(rng, split, among=lambda register: register // half == stratum)
+    tone = _tone(rng, voice, rng.uniform(0.6, 1.6))
+    return Scene("pitch", (), (), PITCHES[stratum], (tone,))
+
+
+def glide(rng, split, stratum) -> Scene:
+    """A scene of the family; `stratum` is that of `families.sample_scene`."""
+    voice = _voice(rng, split, stratum)
+    tone = _tone(rng, voice, rng.uniform(0.9, 1.6), glide=_GLIDE if stratum == 0 else 1 / _GLIDE)
+    return Scene("glide", (), (), GLIDES[stratum], (tone,))
+
+
+def beeps(rng, split, stratum) -> Scene:
+    """A scene of the family; `stratum` is that of `families.sample_scene`."""
+    voice, count = _voice(rng, split, stratum), stratum + 1
+    first = _tone(rng, voice, _BEEP)
+    start = rng.uniform(0.05, SECONDS - 0.1 - _BEEP - _BETWEEN * stratum)
+    events = (_again(first, start + _BETWEEN * i) for i in range(count))
+    return Scene("beeps", (), (), COUNTS[stratum], tuple(events))
+
+
+def noise(rng, split, stratum) -> Scene:
+    """A scene of the family; `stratum` is that of `families.sample_scene`."""
+    shapes = [
+        shape
+        for number, shape in enumerate(_SHAPES)
+        if ((number + stratum) % len(_SHAPES) == 0) == (split == "heldout")
+    ]
+    level = rng.uniform(*_LEVEL)
+    events = tuple(
+        Event(NOISES[stratum], start, seconds, (level * first, level * last))
+        for start, seconds, first, last in shapes[rng.integers(len(shapes))]
+    )
+    return Scene("noise", (), (), NOISES[stratum], events)
+
+
+def timing(rng, split, stratum) -> Scene:
+    """A scene of the family; `stratum` is that of `families.sample_scene`."""
+    when = list(TIMES)[stratum]
+    return Scene("timing", (), (), when, (beep(rng, _voice(rng, split, stratum), TIMES[when]),))
+
+
+def beep(rng, voice, moment: int) -> Event:
+    """A beep in the middle of a moment, nearly."""
+    middle = (moment + 0.5) * MOMENT_SECONDS + rng.uniform(-0.03, 0.03)
+    return _again(_tone(rng, voice, _BEEP), middle - _BEEP / 2)
+
+
+def any_voice(rng) -> tuple[int, str]:
+    """A voice, (register, timbre)."""
+    return VOICES[rng.integers(len(VOICES))]
+
+
+def tone_within(rng, voice, first: float, last: float) -> Event:
+    """A tone that begins and ends between two times, at most 0.45 s long."""
+    seconds = min(0.45, last - first - 0.1)
+    spare = last - first - 0.1 - seconds
+    return _again(_tone(rng, voice, seconds), first + 0.05 + spare * rng.random())
+
+
+def _voice(rng, split, fact: int = 0, among=lambda register: True) -> tuple[int, str]:
+    voices = [
+        voice
+        for voice in VOICES
+        if among(voice[0]) and is_voice_heldout(voice, fact) == (split == "heldout")
+    ]
+    return voices[rng.integers(len(voices))]
+
+
+def _tone(rng, voice, seconds: float, glide: float = 1.0) -> Event:
+    """A tone somewhere in the clip, whose middle has the voice's pitch, nearly."""
+    register, timbre = voice
+    middle = REGISTERS[register] * rng.uniform(0.88, 1.12)
+    level = float(rng.uniform(*_LEVEL))
+    start = float(rng.uniform(0.05, SECONDS - 0.1 - seconds))
+    pitches = (middle / glide, middle * glide)
+    return Event("tone", start, float(seconds), (level, level), pitches, timbre)
+
+
+def _again(event: Event, start: float) -> Event:
+    """The same at another time."""
+    return dataclasses.replace(event, start=float(start))
