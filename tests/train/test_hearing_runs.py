@@ -149,8 +149,10 @@ def test_left_out_layers_are_the_same_after_a_stop(model, records, tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path / "still")] != losses
 
 
-def test_a_model_that_does_not_hear_gets_a_tower_and_a_connector(tmp_path):
-    start = StartConfig("tiny", hearing="2.1-7B-AV", audio="random", audio_connector="random")
+def test_a_model_that_does_not_hear_gets_a_tower_and_a_connector(small_model):
+    start = StartConfig(
+        str(small_model), hearing="2.1-7B-AV", audio="random", audio_connector="random"
+    )
     card, _ = describe_start(start)
     assert card.config.audio.num_tokens == 1496
     assert card.config.audio_connector.out_dim == card.config.decoder.width
@@ -162,17 +164,17 @@ def test_a_model_that_does_not_hear_gets_a_tower_and_a_connector(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(hearing="2.1-7B-AV"), "tiny stores neither"),
-        (dict(hearing="2.1-7B-AV", audio="random"), "tiny stores neither"),
+        (dict(hearing="2.1-7B-AV"), "model stores neither"),
+        (dict(hearing="2.1-7B-AV", audio="random"), "model stores neither"),
         (dict(hearing="2-7B", audio="random", audio_connector="random"), "does not hear either"),
         (dict(hearing="no-such", audio="random", audio_connector="random"), "unknown model"),
         (dict(audio_connector="elsewhere"), "a connector comes with its model, or anew"),
         (dict(audio_connector_kind="linear"), "is for what start.hearing adds"),
     ],
 )
-def test_what_cannot_begin_is_said(changes, message):
+def test_what_cannot_begin_is_said(changes, message, small_model):
     with pytest.raises(ValueError, match=message):
-        describe_start(StartConfig("tiny", **changes))
+        describe_start(StartConfig(str(small_model), **changes))
 
 
 def test_a_model_that_hears_needs_no_other_hearing(model):
@@ -181,9 +183,12 @@ def test_a_model_that_hears_needs_no_other_hearing(model):
         describe_start(start)
 
 
-def test_an_audio_tower_that_is_not_there_is_named(tmp_path):
+def test_an_audio_tower_that_is_not_there_is_named(tmp_path, small_model):
     start = StartConfig(
-        "tiny", hearing="2.1-7B-AV", audio=str(tmp_path / "B.pt"), audio_connector="random"
+        str(small_model),
+        hearing="2.1-7B-AV",
+        audio=str(tmp_path / "B.pt"),
+        audio_connector="random",
     )
     with pytest.raises(CheckpointError, match=r"B\.pt: no such file; name BEATs' \.pt file"):
         begin(start, None, 0)
