@@ -59,7 +59,7 @@ $(TFIO)/.env: constraints-tfio.txt
 		'tensorflow-io[$(TFIO_EXTRA)]' array_record 'etils[epath]' pillow
 	@touch $@
 
-demo: $(STAMP)  ## ask the embedded model about a video that it has never seen
+demo: $(STAMP)  ## ask the embedded model about videos and sounds that it has never met
 	$(BIN)/python -m vllama2_jax.demo --out demo
 
 lint: $(VENV)/.dev
@@ -83,6 +83,7 @@ tiny: $(STAMP)  ## train the embedded model again, as far as it sees (15 minutes
 	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny_video_sft --media video --clips 500
 
 tiny-av: $(STAMP)  ## go on behind `make tiny`: what it hears, and both together, into runs/tiny
+	$(BIN)/python -m vllama2_jax.train.schooling --hearing runs/tiny_video_sft --out runs/tiny_ears
 	$(BIN)/vllama2 train --config=config:tiny_audio_pretrain --out runs/tiny_audio_pretrain
 	$(BIN)/vllama2 train --config=config:tiny_audio_sft --out runs/tiny_audio_sft
 	$(BIN)/vllama2 train --config=config:tiny_av_joint --out runs/tiny_av_joint

@@ -73,7 +73,7 @@ def write_records(folder: Path, sound: bool = False) -> Path:
     """Render the clips and write their records."""
     records = []
     for number in range(CLIPS):
-        name = f"{number}.mp4"
+        name = f"{number}{'-sound' if sound else ''}.mp4"
         if not (folder / name).exists():
             render(folder / name, number, sound)
         question = {"from": "human", "value": "<video>\nWhat happens in the video?"}

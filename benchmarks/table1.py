@@ -36,7 +36,7 @@ from vllama2_jax.text import load_tokenizer, tokenizer_files
 from vllama2_jax.train.config import StartConfig, TrainConfig
 from vllama2_jax.train.metrics import FILE_NAME, read_metrics
 from vllama2_jax.train.run import run
-from vllama2_jax.train.schooling import LESSONS, teach
+from vllama2_jax.train.schooling import SEEING, teach
 from vllama2_jax.train.start import begin, describe_start
 
 _KINDS = tuple(f"table1_row{number}" for number in range(1, 10))
@@ -76,7 +76,7 @@ def school(kind: str, seed: int, steps: int, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a schooling that was cut short
     params, card, tokenizer_folder = begin(beginning(kind), "float32", seed)
     tokenizer = load_tokenizer(tokenizer_folder)
-    (lesson,) = (lesson for lesson in LESSONS if lesson.part == "connector")
+    (lesson,) = (lesson for lesson in SEEING if lesson.part == "connector")
     params, _ = teach(dataclasses.replace(lesson, steps=steps), params, card, tokenizer, seed)
     save_model(folder, params, card, tokenizer_files(tokenizer_folder))
 

@@ -25,7 +25,7 @@ from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.optimizer import make_optimizer
 from vllama2_jax.train.run import make_run_step
-from vllama2_jax.train.schooling import LESSONS, begin_lesson, make_task
+from vllama2_jax.train.schooling import HEARING, SEEING, begin_lesson, make_task
 from vllama2_jax.train.start import prepare
 from vllama2_jax.train.step import init_state, make_step
 from vllama2_jax.weights import TINY, read
@@ -88,7 +88,7 @@ def main():
     tokenizer = load_tokenizer(folder)
     table = Table("stage", "rows", "median s", "min", "max", "rows / s", title="tiny, one step")
     configs = [build(parse([f"config:{name}"])) for name in _RECIPES]
-    stages = [(part.part, lesson, part) for part in LESSONS]
+    stages = [(part.part, lesson, part) for part in (*SEEING, *HEARING)]
     stages += [(config.name, recipe, config) for config in configs]
     with tempfile.TemporaryDirectory() as index:
         for name, make, stage in stages:

@@ -8,6 +8,7 @@ import fiddle as fdl
 
 from vllama2_jax.configs.fiddlers import lora
 from vllama2_jax.configs.parse import parse
+from vllama2_jax.data.files import is_remote
 from vllama2_jax.models.zoo import PUBLISHED_PARTS, model_config
 from vllama2_jax.train.config import STORED, SourceConfig, TrainConfig
 from vllama2_jax.weights import describe
@@ -85,8 +86,8 @@ def resolve(directives: list[str], shortcuts: Shortcuts) -> fdl.Config[TrainConf
 
 
 def _hears(model: str) -> bool:
-    """Whether a model takes sound; of what is neither a directory nor a known name, no."""
-    if os.path.isdir(model):
+    """Whether a model takes sound; of a repository that is not a published model's, no."""
+    if os.path.isdir(model) or is_remote(model):
         return describe(model)[0].config.audio is not None
     try:
         return model_config(model).audio is not None

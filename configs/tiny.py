@@ -1,7 +1,7 @@
 """What the miniatures of the recipe share: Toybox, `tiny`, and ways of training narrow networks.
 
-They follow the schooling (`python -m vllama2_jax.train.schooling --out runs/tiny_start`), which
-stands for a trained tower and a trained language model. docs/tiny.md tells the whole.
+They follow the schooling (`python -m vllama2_jax.train.schooling`), which stands for trained towers
+and a trained language model. docs/tiny.md tells the whole.
 """
 
 import fiddle as fdl
@@ -9,9 +9,9 @@ import fiddle as fdl
 from vllama2_jax.configs import base
 from vllama2_jax.train.config import ToyboxConfig, TrainConfig
 
-# What each step begins with: the schooling, and the step before it.
-START, PRETRAINED, SEES = "runs/tiny_start", "runs/tiny_video_pretrain", "runs/tiny_video_sft"
-HEARD, HEARS = "runs/tiny_audio_pretrain", "runs/tiny_audio_sft"
+# What each step begins with: the schooling, or the step before it.
+START, PRETRAINED = "runs/tiny_start", "runs/tiny_video_pretrain"
+EARS, HEARD, HEARS = "runs/tiny_ears", "runs/tiny_audio_pretrain", "runs/tiny_audio_sft"
 
 
 def tiny(name: str) -> fdl.Config[TrainConfig]:

@@ -8,9 +8,9 @@ from vllama2_jax.train.config import TrainConfig
 
 
 def tiny_audio_pretrain() -> fdl.Config[TrainConfig]:
-    """`tiny` behind `tiny_video_sft`."""
+    """`tiny` with ears, between its schooling in hearing and `tiny_audio_sft`."""
     config = tiny.tiny("tiny_audio_pretrain")
-    config.start.model = tiny.SEES
+    config.start.model = tiny.EARS
     config.rules = train_only("audio_connector/.*")
     config.data.sources = (tiny.toybox("captions", 3600, "captions", media="audio"),)
     config.data.style = "audio_plain"

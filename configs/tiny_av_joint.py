@@ -1,8 +1,8 @@
 """`av_joint` in miniature: both connectors and the decoder train, on pictures, sound and both.
 
-Of four samples two are about a video with its sound, one about sound, one about a video. Some are
-asked about without what they are about, so that the model has met questions that it can only guess
-at (see `tiny_video_sft`).
+Of four clips two are about a video with its sound, one about sound, one about a video. Some of the
+first are asked about with their pictures or their sound alone, and bare questions stand beside all,
+so that the model has met what it can only guess at (see `tiny_video_sft`).
 """
 
 import fiddle as fdl
@@ -18,11 +18,11 @@ def tiny_av_joint() -> fdl.Config[TrainConfig]:
     config.start.model = tiny.HEARS
     config.rules = train_only("connector/.*", "audio_connector/.*", "decoder/.*")
     config.data.sources = (
-        tiny.toybox("av", 16_000, "clips", media="av", told=0.3, withheld=0.45),
-        tiny.toybox("audio", 8_000, "clips", media="audio", told=0.3, withheld=0.15),
-        tiny.toybox("video", 8_000, "clips", media="video", told=0.3, withheld=0.4),
+        tiny.toybox("av", 16_000, "clips", media="av", told=0.3, withheld=0.3),
+        tiny.toybox("audio", 8_000, "clips", media="audio", told=0.3),
+        tiny.toybox("video", 8_000, "clips", told=0.3),
+        tiny.toybox("bare", 12_000, "bare", media="all"),
     )
-    config.data.mix = "joint"
     tiny.row_length(config, 264)
     config.validation.sources = tuple(
         tiny.toybox(media, records, "questions", media=media, split="heldout")

@@ -28,7 +28,9 @@ def show(folder: Path, seed: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vllama2_jax.data.toybox.files import toybox_scenes, write_scene
+    from vllama2_jax.data.toybox.families import sample_scene
+    from vllama2_jax.data.toybox.files import write_scene
+    from vllama2_jax.data.toybox.questions import ask_about
     from vllama2_jax.loading import load
 
     console = Console()
@@ -38,9 +40,9 @@ def show(folder: Path, seed: int) -> None:
         f"and hears {model.card.sound.seconds:g} seconds of sound."
     )
     right = asked = 0
-    scenes = toybox_scenes("heldout", len(_FAMILIES), seed, _FAMILIES)
-    for number, (scene, questions) in enumerate(scenes, start=1):
+    for number, family in enumerate(_FAMILIES, start=1):
         rng = np.random.default_rng([seed, number])
+        scene = sample_scene(rng, "heldout", family)
         file = folder / write_scene(folder, f"{number}-{scene.family}", scene, rng).source
         media = model.session(file).media
         console.print(f"\n[bold]{file}[/bold]  ({', '.join(_pictures(media, file))})")
@@ -49,7 +51,7 @@ def show(folder: Path, seed: int) -> None:
 
             print(sketch(media.clip, console.width))
         table = Table("question", "answer", "truth")
-        for question in questions:
+        for question in ask_about(scene, rng):
             answer = model.ask(file, question.text)
             same = answer == question.answer
             colour = "green" if same else "red"

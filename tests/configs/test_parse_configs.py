@@ -137,8 +137,9 @@ def test_data_of_ones_own_replaces_the_recipes():
 def test_the_model_decides_the_recipe_where_none_is_named():
     config = made(data="x.json")
     assert (config.name, config.start.model) == ("tiny_av_joint", "tiny")
-    assert (config.data.max_length, config.data.buckets, config.data.mix) == (None, None, "counts")
+    assert (config.data.max_length, config.data.buckets) == (None, None)
     assert made(model="tiny", data="x.json").name == "tiny_av_joint"
+    assert made(model="2.1-7B-AV", data="x.json").data.mix == "counts"  # of one source
     assert made(model="2.1-7B-16F", data="x.json").name == "video_sft"
     assert made(model="DAMO-NLP-SG/VideoLLaMA2.1-7B-AV", data="x.json").name == "av_joint"
     assert made(model=str(TINY), data="x.json").name == "av_joint"  # a directory tells itself

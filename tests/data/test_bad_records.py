@@ -127,8 +127,15 @@ def test_media_and_placeholders_must_pair_up(setting):
         form.text_tokens(Record("a", ()))
 
 
-def test_rows_too_short_for_a_clip_and_text_are_refused(setting):
-    with pytest.raises(ValueError, match="rows of 6 slots leave no room for text"):
-        setting.format(max_length=6)
+def test_rows_too_short_for_media_and_text_are_refused(setting):
+    form = setting.format(max_length=6)
+    form.check_room(0, 0)
+    with pytest.raises(ValueError, match="rows of 6 slots leave no room for text beside a clip of"):
+        form.check_room(1, 0)
+    with pytest.raises(ValueError, match=r"beside a clip of \d+ and a sound of 5; rai"):
+        setting.format(max_length=9, sound_tokens=5).check_room(1, 1)
+
+
+def test_an_unknown_style_is_refused(setting):
     with pytest.raises(ValueError, match="unknown style 'chat'; known: sft, plain"):
         setting.format(style="chat")

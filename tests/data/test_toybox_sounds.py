@@ -107,12 +107,30 @@ def test_thing_that_sounds_is_there_all_the_while():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_neither_pictures_nor_sound_alone_tell_whether_they_coincide(split):
     rng, seen = np.random.default_rng(0), collections.Counter()
-    for stratum in range(1200):
+    shown = collections.defaultdict(list)
+    for stratum in range(6000):
         scene = sample_scene(rng, split, "sync", stratum)
         lowest = int(np.argmax([m.things[0].y for m in scene.moments]))
         beep = int((scene.events[0].start + 0.075) / 0.25)
         seen.update([("bounce", lowest, scene.fact), ("beep", beep, scene.fact)])
-    assert len(seen) == 2 * 3 * 2 and set(seen.values()) == {200}
+        shown[scene.things[0].name, lowest].append(scene.fact == "yes")
+    assert len(seen) == 2 * 3 * 2 and set(seen.values()) == {1000}
+    # Nor does the thing, with when it bounces.
+    for answers in shown.values():
+        assert abs(np.mean(answers) - 0.5) < 4 * 0.5 / len(answers) ** 0.5
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_voice_does_not_tell_which_way_a_tone_glides(split):
+    rng, heard = np.random.default_rng(0), collections.defaultdict(list)
+    for stratum in range(2000):
+        (event,) = sample_scene(rng, split, "glide", stratum).events
+        octaves = np.log2(np.sqrt(np.prod(event.pitches)) / 250)
+        rises = event.pitches[1] > event.pitches[0]
+        heard[round(octaves / 0.6), event.timbre].append(rises)
+    assert len(heard) == {"train": 15, "heldout": 3}[split]
+    for answers in heard.values():
+        assert abs(np.mean(answers) - 0.5) < 4 * 0.5 / len(answers) ** 0.5
 
 
 def test_either_thing_of_a_pair_sounds_as_often():

@@ -97,6 +97,37 @@ def test_eight_channels_are_heard(tmp_path, preset):
     assert bank[:100].mean() > 5
 
 
+def test_a_track_that_turns_from_mono_to_stereo_is_heard_on_both_sides(tmp_path):
+    low, high = (tone(hertz, 2, 48000) for hertz in (400, 2000))
+    parts = {"mono": low[None], "stereo": np.stack([0 * high, high])}
+    coded = [
+        write_coded(
+            tmp_path / f"{layout}.ac3", np.int16(32767 * samples), 48000, "ac3", layout
+        ).read_bytes()
+        for layout, samples in parts.items()
+    ]
+    path = tmp_path / "both.ac3"
+    path.write_bytes(b"".join(coded))
+    bank = load_sound(path, spec=SPEC, preset=PAPER).bank
+    for frames, hertz in ((bank[20:180], 400), (bank[220:380], 2000)):
+        assert set(frames.argmax(axis=1)) == {filter_bank(tone(hertz, 1, 16000))[50].argmax()}
+
+
+def test_a_track_that_changes_its_rate_is_mixed_or_refused(tmp_path):
+    parts = [
+        write_coded(
+            tmp_path / f"{rate}.ac3", np.int16(32767 * tone(400, 2, rate))[None], rate, "ac3"
+        ).read_bytes()
+        for rate in (48000, 32000)
+    ]
+    path = tmp_path / "both.ac3"
+    path.write_bytes(b"".join(parts))
+    bank = load_sound(path, spec=SPEC, preset=PAPER).bank
+    wanted = filter_bank(tone(400, 1, 16000))[50].argmax()
+    assert set(bank[20:180].argmax(axis=1)) == set(bank[220:380].argmax(axis=1)) == {wanted}
+    assert "changes its rate at 2.0 s" in error_of(path, preset=REFERENCE)
+
+
 @pytest.mark.parametrize("preset", [PAPER, REFERENCE])
 def test_192_khz_is_heard(tmp_path, preset):
     high = (tone(1000, 2, 192000) * 32767).astype(np.int16)[None]

@@ -1,12 +1,14 @@
 """How `tiny` begins: small enough for the package, wide enough to learn in minutes."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.checkpoints.store import flatten
+from vllama2_jax.models.vllama2 import abstract_params, init_params
 from vllama2_jax.models.zoo import ZOO
-from vllama2_jax.train.initial import initial_params
+from vllama2_jax.train.initial import initial_params, widen_beats
 
 
 def test_tiny_fits_the_package():
@@ -37,3 +39,21 @@ def test_narrow_decoder_starts_with_matrices_that_keep_their_inputs_size(params,
 @pytest.mark.parametrize("name", ["embedding", "position_embed"])
 def test_embeddings_start_wide(params, name):
     assert float(params[name].std()) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_narrow_audio_tower_starts_with_matrices_that_keep_their_inputs_size():
+    """But for its convolution and its gates, which begin as published ones do."""
+    config = ZOO["tiny"]
+
+    def make():
+        before = nn.meta.unbox(init_params(config, jax.random.key(0)))["audio"]
+        return before, widen_beats(before, config.audio)
+
+    before, after = map(flatten, jax.jit(make)())
+    widened = {path for path in after if not np.array_equal(after[path], before[path])}
+    kernels = {path for path in after if path.endswith("/kernel")}
+    assert widened == {path for path in kernels if "conv" not in path and "gate" not in path}
+    for path in widened:
+        x = np.random.default_rng(0).normal(size=(256, *after[path].shape[:-1]))
+        out = np.tensordot(x, after[path], axes=after[path].ndim - 1)
+        assert float(out.std()) == pytest.approx(1.0, rel=0.1), path

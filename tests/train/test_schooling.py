@@ -136,6 +136,26 @@ def test_lesson_lowers_its_loss_and_touches_only_its_part(part, beginning, monke
     assert changed == ({"audio", "audio_connector"} if part == "audio" else {part})
 
 
+def test_ears_are_given_to_what_sees_and_to_nothing_else(tmp_path):
+    seeing = dataclasses.replace(NARROW_TINY, audio=None, audio_connector=None)
+    vision, audio = (dataclasses.replace(_lesson(part, 1), rows=2) for part in ("vision", "audio"))
+    school(seeing, tmp_path / "sees", [vision])
+    school(NARROW_TINY, tmp_path / "hears", [audio], start=tmp_path / "sees")
+    before, after = (
+        flatten(load_model(tmp_path / name, lambda card: abstract_params(card.config))[0])
+        for name in ("sees", "hears")
+    )
+    assert all(np.array_equal(leaf, after[path]) for path, leaf in before.items())
+    new = {path.split("/")[0] for path in after.keys() - before.keys()}
+    assert new == {"audio", "audio_connector"}
+    words = [tmp_path / name / "tokenizer/tokenizer.model" for name in ("sees", "hears")]
+    assert words[0].read_bytes() == words[1].read_bytes()
+    for start in (tmp_path / "hears", TINY):
+        with pytest.raises(CheckpointError, match="is not tiny without what it is to be given"):
+            school(NARROW_TINY, tmp_path / "again", [audio], start=start)
+        assert not (tmp_path / "again").exists()
+
+
 def test_schooling_saves_a_model_that_loads_and_spares_a_folder_in_use(tmp_path, capsys):
     config, out = NARROW_TINY, tmp_path / "start"
     lesson = dataclasses.replace(_lesson("vision", 1), rows=2)

@@ -69,23 +69,47 @@ def test_every_row_holds_one_video_and_some_a_bare_question_beside_it(feeding, b
             np.testing.assert_array_equal(slots[slots >= 0], np.arange(64))
             assert len(set(np.asarray(batch.segment_ids[row])[slots >= 0])) == 1
             rows, segments = rows + 1, segments + int(batch.segment_ids[row].max())
-    assert (rows, segments) == (27, 36)
+    assert (rows, segments) == (30, 40)
     assert feeding.datasets == ("clips", "bare")
 
 
 def test_frames_are_those_of_the_records_that_are_asked_about(feeding, batches):
-    step, source = feeding.schedule[1], ToyboxSource(27, "clips", told=0.4)
+    step, source = feeding.schedule[1], ToyboxSource(30, "clips", told=0.4)
     for row, places in enumerate(step.rows):
         (number,) = (number for source_number, number in places if source_number == 0)
         expected = source.frames(number, 64)
         np.testing.assert_array_equal(batches[1].frames[row], expected)
 
 
-def test_a_clip_with_all_its_questions_fits_a_row(feeding, tokenizer):
-    """None is cut: the last supervised token of each is the end of its last answer."""
-    source, form = ToyboxSource(300, "clips"), feeding.feed.assembler.record_format
-    (newline,) = tokenizer.encode("\n")
-    for number in range(300):
-        example = form.supervised(source[number])
-        assert example.targets[example.target_weights > 0][-1] == newline
-        assert len(example.tokens) == form.slots([form.text_tokens(source[number])], [1])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "tiny_video_pretrain",
+        "tiny_video_sft",
+        "tiny_audio_pretrain",
+        "tiny_audio_sft",
+        "tiny_av_joint",
+    ],
+)
+def test_rows_are_long_enough_for_all_that_is_said(recipe, tokenizer, tmp_path):
+    """Nothing is cut: a record has the slots that it would have in rows without end."""
+    data = build(parse([f"config:{recipe}"])).data
+    sources = tuple(dataclasses.replace(s, records=500) for s in data.sources)
+    data = dataclasses.replace(data, sources=sources)
+    made = make_feeding(
+        data,
+        read_card(TINY),
+        tokenizer,
+        rows=ROWS,
+        seed=0,
+        index_folder=tmp_path,
+        steps=1,
+    )
+    form = made.feed.assembler.record_format
+    assert form.max_length == data.max_length
+    for source in made.feed.assembler.sources:
+        for record in (source[number] for number in range(500)):
+            seen = record.media is not None and record.media.seen
+            heard = record.media is not None and record.media.kind in ("audio", "av")
+            text, limit = form.text_tokens(record), form.limit(int(seen), int(heard))
+            assert text + (record.media is not None) <= limit

@@ -5,6 +5,7 @@ import os
 import sys
 
 from vllama2_jax.data.tfio_job import add_job_options, run_job
+from vllama2_jax.data.toybox.scenes import MEDIA
 
 
 def add_data(command) -> None:
@@ -15,7 +16,7 @@ def add_data(command) -> None:
     toybox.add_argument("dir", metavar="DIR", help="a new directory: train.json, heldout.json")
     toybox.add_argument(
         "--media",
-        choices=("video", "audio", "av", "all"),
+        choices=MEDIA,
         default="all",
         help="videos, sounds, videos with sound that belongs to them, or all (%(default)s)",
     )

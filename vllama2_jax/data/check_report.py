@@ -97,7 +97,10 @@ class Report:
         ]
         silent = sum(record.silent for record in self.checked)
         if silent:
-            notes.append(f"{silent} video(s) have no sound track; training hears silence instead")
+            notes.append(
+                f"{silent} record(s) ask for the sound of a video that has none; training hears "
+                "silence instead"
+            )
         repeated = len(self.ids) - len(set(self.ids))
         if repeated:
             notes.append(f"{repeated} id(s) occur again; records are told apart by number")

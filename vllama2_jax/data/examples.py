@@ -63,12 +63,19 @@ class RecordFormat:
     def __post_init__(self):
         if self.style not in STYLES:
             raise ValueError(f"unknown style {self.style!r}; known: {', '.join(STYLES)}")
-        alone = [self.limit(1, 0), *([self.limit(0, 1)] if self.sound_tokens else [])]
-        if max(alone) < 2:  # one of them may never occur
-            sound = f" or a sound of {self.sound_tokens}" if self.sound_tokens else ""
+
+    def check_room(self, clips: int, sounds: int) -> None:
+        """Refuse rows that are too short for a record with so many clips and sounds (0 or 1).
+
+        Raises:
+          ValueError: if no text fits beside them.
+        """
+        if self.limit(clips, sounds) < 2:
+            clip = [f"a clip of {self.media_tokens}"] if clips else []
+            sound = [f"a sound of {self.sound_tokens}"] if sounds else []
+            beside = f" beside {' and '.join(clip + sound)}" if clip + sound else ""
             raise ValueError(
-                f"rows of {self.max_length} slots leave no room for text beside a clip of "
-                f"{self.media_tokens}{sound}; raise max_length"
+                f"rows of {self.max_length} slots leave no room for text{beside}; raise max_length"
             )
 
     def _beside(self, clips, sounds):

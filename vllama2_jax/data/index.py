@@ -50,6 +50,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.text_tokens)
 
+    @property
+    def kinds(self) -> set[tuple[int, int]]:
+        """(clips, sounds) of its records, each combination once."""
+        return {(pair >> 1, pair & 1) for pair in np.unique(self.clips * 2 + self.sounds).tolist()}
+
     def take(self, numbers) -> "Index":
         """The index of the `examples.Subset` with these record numbers, int [n]."""
         taken = {name: getattr(self, name)[np.asarray(numbers, np.int64)] for name in _ARRAYS}

@@ -169,21 +169,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="any model that vllama2_jax.load takes")
     parser.add_argument("--toybox", help="a folder of `vllama2 data toybox`; made if not given")
     parser.add_argument(
-        "--media", choices=(*FAMILIES_OF, "all"), default="all", help="to ask about"
+        "--media",
+        choices=(*FAMILIES_OF, "all"),
+        help="what the questions are about (all, or video for a model that does not hear)",
     )
     parser.add_argument("--clips", type=int, help="held-out clips to make (500 of each family)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     model = load(options.model)
+    hears = model.card.sound is not None
+    media = options.media or ("all" if hears else "video")
+    if media != "video" and not hears:
+        parser.error(f"{options.model} does not hear; ask it about --media video")
     with tempfile.TemporaryDirectory() as made:
         folder = Path(options.toybox or Path(made) / "toybox")
         if not options.toybox:
-            families = FAMILIES_OF.get(options.media, FAMILIES)
+            families = FAMILIES_OF.get(media, FAMILIES)
             clips = options.clips or _CLIPS * len(families)
             with bar("rendering", unit="clips") as progress:
                 write_toybox(folder, len(families), options.seed, clips, families, progress)
         records = read_records(folder / "heldout.json")
-        records = [r for r in records if options.media in ("all", r.media.kind)]
+        records = [r for r in records if media in ("all", r.media.kind)]
         with bar("asking", unit="answers") as progress:
             scores = evaluate_toybox(model, records, folder, options.seed, progress)
     Console(width=100).print(score_table(scores))

@@ -136,22 +136,15 @@ class AudioFile:
         Returns:
           float32 [n] in steps of 1 / 32768; shorter than asked where the track ends before.
         """
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-        waiting, parts, begin = av.AudioFifo(), [np.zeros(0, np.int16)], None
-
-        def resample(frame):
-            parts.extend(part.to_ndarray()[0] for part in resampler.resample(frame))
-
+        parts, begin, mixer = [np.zeros(0, np.int16)], None, None
         for time, frame in self._frames(start, end):
             if begin is None:
                 frame, begin = self._on_grid(frame, time)
-            frame.pts = None  # gaps are closed, as the command does
-            waiting.write(frame)
-            for block in waiting.read_many(_BLOCK):
-                resample(block)
-        if waiting.samples:
-            resample(waiting.read())
-        resample(None)
+            if mixer is None or mixer.form != _form(frame):
+                parts += mixer.end() if mixer else []
+                mixer = _Mixer(_form(frame))
+            parts += mixer.add(frame)
+        parts += mixer.end() if mixer else []
         samples = np.concatenate(parts)
         return self._between(samples, SAMPLE_RATE, begin, start, end) / np.float32(1 << 15)
 
@@ -183,6 +176,10 @@ class AudioFile:
         """
         parts, begin = [np.zeros(0)], None
         for time, frame in self._frames(start, end):
+            if frame.sample_rate != self.rate:
+                raise MediaError(
+                    self.path, f"its sound changes its rate at {time:.1f} s", "convert it to FLAC"
+                )
             begin = time if begin is None else begin
             parts.append(_first_of(frame))
         return self._between(np.concatenate(parts), self.rate, begin, start, end)
@@ -223,6 +220,35 @@ class AudioFile:
             raise MediaError(
                 self.path, f"its sound cannot be decoded{at} ({error.strerror})", DAMAGED
             ) from None
+
+
+class _Mixer:
+    """FFmpeg's resampler to one channel at 16 kHz, given long blocks, since every call costs."""
+
+    def __init__(self, form: tuple):
+        """A mixer of frames of one `_form`; a track may change it, as broadcasts do."""
+        self.form = form
+        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        self._waiting = av.AudioFifo()
+
+    def add(self, frame: av.AudioFrame) -> list[np.ndarray]:
+        """Take a frame, and give what is ready: int16 [n] each."""
+        frame.pts = None  # gaps are closed, as the command does
+        self._waiting.write(frame)
+        return self._resampled(self._waiting.read_many(_BLOCK))
+
+    def end(self) -> list[np.ndarray]:
+        """The rest."""
+        rest = [self._waiting.read()] if self._waiting.samples else []
+        return self._resampled([*rest, None])
+
+    def _resampled(self, blocks) -> list[np.ndarray]:
+        return [made.to_ndarray()[0] for b in blocks for made in self._resampler.resample(b)]
+
+
+def _form(frame: av.AudioFrame) -> tuple:
+    """What a resampler expects of all its frames."""
+    return frame.format.name, frame.layout.name, frame.sample_rate
 
 
 _FULL_SCALE = {"u8": 1 << 7, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63, "flt": 1, "dbl": 1}

@@ -97,7 +97,7 @@ class ToyboxConfig:
       seed: decides them.
       told: of "clips", share of those that are described, not asked about.
       media: what their scenes are about, "video", "audio", "av" or "all".
-      withheld: of "clips", share of those that are asked about without (some of) their media.
+      withheld: of "clips" of "av", share of those asked about with pictures or sound alone.
       share: as in `SourceConfig`.
     """
 

@@ -127,6 +127,8 @@ def make_feeding(
             f"records hold sound, and the model {card.config.name} does not hear; start from one "
             "that does, such as 2.1-7B-AV, or take `audio` out of them"
         )
+    for clips, sounds in sorted(set().union(*(index.kinds for index in indices))):
+        form.check_room(clips, sounds)
     shares = [source.share for source in sources]
     mixture = _mixture(data, [len(index) for index in indices], shares, seed)
     if epochs is not None and not mixture.finite:

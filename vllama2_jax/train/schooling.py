@@ -1,12 +1,14 @@
 """Give a small model the past that the published parts come with, from random parameters.
 
     python -m vllama2_jax.train.schooling --out runs/tiny_start
+    python -m vllama2_jax.train.schooling --hearing runs/tiny_video_sft --out runs/tiny_ears
 
 The published towers come trained on captioned pictures and labelled sounds, the published language
 models have read the internet. At the size of `tiny` neither is so: behind a decoder, towers and
 connectors learn slowly. So each first learns by itself, towers and connectors behind heads of their
 own (`heads.py`), and the decoder from scenes told in words, with questions about them. What comes
-out is a saved model, with which `configs/tiny_video_pretrain.py` begins.
+out is a saved model that sees, with which `configs/tiny_video_pretrain.py` begins; one that has
+learnt to see is then given ears, with which `configs/tiny_audio_pretrain.py` begins.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from vllama2_jax.train.optimizer import OptimizerConfig, make_optimizer
 from vllama2_jax.train.start import random_parts
 from vllama2_jax.train.step import TrainState, init_state, make_step
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
+from vllama2_jax.weights import find, read
 
 _HEADS = "heads"
 _TAUGHT = {"audio": ("audio", "audio_connector")}  # the others are parts by themselves
@@ -74,16 +77,20 @@ def _lesson(part, learning_rate, warmup_ratio, steps, rows) -> Lesson:
     return Lesson(part, steps, rows, optimizer)
 
 
-LESSONS = (
+SEEING = (
     _lesson("vision", 2e-3, 0.04, steps=1200, rows=32),
     _lesson("connector", 3e-3, 0.025, steps=1200, rows=24),
-    _lesson("audio", 2e-3, 0.04, steps=900, rows=32),
-    _lesson("decoder", 2e-3, 0.03, steps=800, rows=16),
+    _lesson("decoder", 2e-3, 0.03, steps=850, rows=16),
 )
+HEARING = (_lesson("audio", 2e-3, 0.04, steps=1100, rows=32),)
 
 
 def school(
-    config: VLlama2Config, out: str | Path, lessons: Sequence[Lesson] = LESSONS, seed: int = 0
+    config: VLlama2Config,
+    out: str | Path,
+    lessons: Sequence[Lesson] = SEEING,
+    seed: int = 0,
+    start: str | Path | None = None,
 ) -> None:
     """Make a model, teach it, and save it with float32 arrays.
 
@@ -92,17 +99,23 @@ def school(
       out: a new directory for the model.
       lessons: one after the other.
       seed: of parameters and data.
+      start: a model to go on from, whose tokenizer is kept; parts that it lacks are new.
 
     Raises:
-      CheckpointError: if `out` holds something.
+      CheckpointError: if `out` holds something, or `start` cannot be read or is another network.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not empty; choose another or remove it")
     with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(Path(folder) / "tokenizer.model")
-        tokenizer = load_tokenizer(folder)
-        params = random_parts(config, list(config.parts), seed, None, narrow=True)
+        if start is None:
+            params, words = {}, Path(folder)
+            train_tokenizer(words / "tokenizer.model")
+        else:
+            params, words = _begin_with(start, config)
+        tokenizer = load_tokenizer(words)
+        new = [part for part in config.parts if part not in params]
+        params |= random_parts(config, new, seed, None, narrow=True)
         for lesson in lessons:
             begin = time.perf_counter()
             params, losses = teach(lesson, params, model_card(config, tokenizer), tokenizer, seed)
@@ -111,7 +124,19 @@ def school(
                 f"{lesson.part}: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, "
                 f"{seconds:.0f} s"
             )
-        save_model(out, params, model_card(config, tokenizer), tokenizer_files(folder))
+        save_model(out, params, model_card(config, tokenizer), tokenizer_files(words))
+
+
+def _begin_with(start: str | Path, config: VLlama2Config) -> tuple[dict, Path]:
+    """Parameters of a model that `config` describes, or some parts of it, and its tokenizer."""
+    params, card, tokenizer = read(find(str(start)), "float32", scan_layers=True)
+    others = {part: None for part in config.parts if part not in card.config.parts}
+    if card.config != dataclasses.replace(config, **others) or not others:
+        raise CheckpointError(
+            f"{start}: is not {config.name} without what it is to be given; make one with "
+            "`make tiny`"
+        )
+    return params, tokenizer
 
 
 def teach(
@@ -209,9 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """School the zoo's `tiny`."""
     parser = argparse.ArgumentParser(description="Make the model that `tiny` begins with.")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--hearing", metavar="MODEL", help="one that sees, to learn to hear; else a new one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    school(model_config("tiny"), options.out, seed=options.seed)
+    tiny = model_config("tiny")
+    if options.hearing:
+        school(tiny, options.out, HEARING, options.seed, options.hearing)
+    else:
+        seeing = dataclasses.replace(tiny, audio=None, audio_connector=None)
+        school(seeing, options.out, SEEING, options.seed)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from vllama2_jax.data.toybox.synthesis import SAMPLE_RATE, synthesise
 SIZE = 128  # pixels along a side of the written videos
 _FOLDERS = {"video": "videos", "av": "videos", "audio": "sounds"}
 _AUDIO_BITS = 64_000  # a second
+_SCENES, _SOUNDS = 1, 2  # what a generator is for, so that no two are the same
 
 
 def video_frames(scene: Scene, size: int = SIZE) -> np.ndarray:
@@ -88,7 +89,7 @@ def toybox_scenes(
 
     The families take turns; within a family, answers come in rounds of all of them.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    rng = np.random.default_rng([seed, SPLITS.index(split), _SCENES])
     for i in range(clips):
         family, turn = families[i % len(families)], i // len(families)
         scene = sample_scene(rng, split, family, turn)
@@ -142,7 +143,7 @@ def write_toybox(
     for number, (split, count) in enumerate(counts.items()):
         records = []
         for i, (scene, questions) in enumerate(toybox_scenes(split, count, seed, families)):
-            rng = np.random.default_rng([seed, number, i])
+            rng = np.random.default_rng([seed, number, _SOUNDS, i])
             media = write_scene(folder, f"{split}/{i:05d}", scene, rng)
             for question in questions:
                 turn = (f"{media.placeholder}\n{question.text}", question.answer)

@@ -16,7 +16,6 @@ from vllama2_jax.data.toybox.scenes import (
     NOISES,
     PITCHES,
     REGISTERS,
-    SECONDS,
     SHAPES,
     TIMES,
     Event,
@@ -61,7 +60,7 @@ _SOUND_FACTS = {
 }
 # Of clips, the families. The way of a motion takes the connector longest, and a decoder learns it
 # in minutes only from a connector that tells it.
-_SHARES = {"motion": 0.34, "order": 0.2, "count": 0.1, "change": 0.24, "bounce": 0.12}
+_SHARES = {"motion": 0.34, "order": 0.14, "count": 0.08, "change": 0.33, "bounce": 0.11}
 _JOINT = 0.4  # share of sounds that are those of things
 _COVERED = 0.6  # of a stretch, from where on it is an event's
 _REACH = 0.8  # of a thing's radius; patches whose centres lie further out are left to be guessed
@@ -166,12 +165,11 @@ def sound_labels(scene: Scene) -> dict[str, np.int32]:
     labels = dict.fromkeys(SOUND_HEADS, -1)
     if scene.family in _SOUND_FACTS:
         labels[scene.family] = _SOUND_FACTS[scene.family].index(scene.fact)
-    if len(scene.events) == 1:
-        middle = scene.events[0].start + scene.events[0].seconds / 2
-        if scene.family == "sync":
-            labels["timing"] = list(TIMES.values()).index(int(middle / SECONDS * MOMENTS))
-        if scene.family == "sounding":
-            labels["half"] = int(middle > SECONDS / 2)
+    moment = scene.events[0].moment
+    if scene.family == "sync":
+        labels["timing"] = list(TIMES.values()).index(moment)
+    if scene.family == "sounding":
+        labels["half"] = int(moment >= MOMENTS // 2)
     return {name: np.int32(label) for name, label in labels.items()}
 
 

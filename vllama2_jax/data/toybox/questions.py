@@ -10,13 +10,11 @@ from vllama2_jax.data.toybox.scenes import (
     COUNTS,
     DIRECTIONS,
     GLIDES,
-    MOMENT_SECONDS,
     MOMENTS,
     NOISES,
     PITCHES,
     SHAPES,
     TIMES,
-    Event,
     Scene,
 )
 
@@ -40,7 +38,7 @@ CHANCE = {
     "sounding": 1 / 2,
 }
 KINDS = tuple(CHANCE)
-TEMPORAL_KINDS = ("direction", "order")
+TEMPORAL_KINDS = ("direction", "order", "bounce")
 
 # No question names what another question of the same clip asks for.
 _PHRASES = {
@@ -191,13 +189,8 @@ def _change(scene, names) -> str:
 def _sync(scene, names) -> str:
     lowest = max(range(MOMENTS), key=lambda moment: scene.moments[moment].things[0].y)
     (beep,) = scene.events
-    bounce, heard = (_WHEN[moment] for moment in (lowest, _moment(beep)))
+    bounce, heard = (_WHEN[moment] for moment in (lowest, beep.moment))
     return f"{names[0]} bounces {bounce}, and a beep sounds {heard}.".capitalize()
-
-
-def _moment(event: Event) -> int:
-    """That of the middle of what is heard."""
-    return int((event.start + event.seconds / 2) / MOMENT_SECONDS)
 
 
 _WHEN = {moment: when for when, moment in TIMES.items()}

@@ -18,6 +18,7 @@ FPS = 12
 MOMENT_SECONDS = HOLD / FPS
 SECONDS = MOMENTS * MOMENT_SECONDS
 SPLITS = ("train", "heldout")
+MEDIA = ("video", "audio", "av", "all")  # what scenes are about: one of three, or all of these
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -90,6 +91,11 @@ class Event:
     levels: tuple[float, float]
     pitches: tuple[float, float] = (0.0, 0.0)
     timbre: str = ""
+
+    @property
+    def moment(self) -> int:
+        """The one that its middle falls into."""
+        return int((self.start + self.seconds / 2) / MOMENT_SECONDS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@
   eight pictures in another order.
 * order: two things are shown one after the other for equally long, wherever they stand.
 * count: so many things. change: one thing changes, or what is behind it.
-* bounce: one thing falls, touches the ground and rises, at one of three times.
+* bounce: one thing falls, touches the ground and rises, at one of three times; again the frames are
+  the same eight pictures in another order.
 """
 
 import dataclasses
@@ -33,8 +34,9 @@ _NORMAL = (0.13, 0.155)  # range of radii, in units of the picture's side
 _SMALL, _LARGE = (0.08, 0.095), (0.145, 0.165)
 # When the first (A) and the second (B) thing are in the picture, for equally long.
 _ORDERS = ("AAAABBBB", "AAA..BBB", ".AAA.BBB", "AAA.BBB.", "AA..BB..", "..AA..BB")
-# Of what bounces: where its centre is on the ground, how far it moves in a moment, and at most.
-_GROUND, _FALL, _HEIGHT = 0.82, 0.22, 0.64
+# Of what bounces: where its centre is on the ground, how far it moves in a moment, and at most. Two
+# moments' way, so that every bounce consists of the same eight pictures, whenever it is.
+_GROUND, _FALL, _HEIGHT = 0.82, 0.25, 0.5
 
 
 def direction_path(direction: str, lanes, start: int) -> list[tuple[int, int]]:

@@ -1,10 +1,11 @@
 """What is heard in Toybox: how the sounds of each family come about by lot.
 
 * pitch: one tone, low or high. glide: one tone that rises or falls. beeps: so many short ones.
-* noise: one of four, in one of six shapes over time.
+* noise: one of four, in one of six shapes over time, each drawn somewhat longer or later.
 * timing: one beep, at one of three times.
 
-Tones have a voice, one of six registers and three timbres.
+Tones have a voice, one of six registers and three timbres. Where there are only two answers the
+voice alone is held out: what a voice answers in training would otherwise be wrong of it later.
 """
 
 import dataclasses
@@ -28,15 +29,17 @@ _LEVEL = (0.15, 0.4)  # range of amplitudes
 _BEEP = 0.1  # seconds
 _BETWEEN = 0.38  # seconds from one beep to the next
 _GLIDE = 2**0.5  # of pitches, from where a glide starts to its middle
-# Shapes of a noise over time: stretches (start, seconds, level at start, level at end).
+# Shapes of a noise over time: how many bursts, the range of seconds that one lasts, and its level
+# at start and end.
 _SHAPES = (
-    ((0.1, 1.8, 1, 1),),
-    ((0.1, 1.8, 0.1, 1),),
-    ((0.1, 1.8, 1, 0.1),),
-    ((0.1, 0.8, 1, 1),),
-    ((1.1, 0.8, 1, 1),),
-    tuple((0.1 + 0.4 * i, 0.25, 1, 1) for i in range(5)),
+    (1, (1.2, 1.8), (1, 1)),
+    (1, (1.2, 1.8), (0.1, 1)),
+    (1, (1.2, 1.8), (1, 0.1)),
+    (1, (0.4, 0.8), (1, 1)),
+    (2, (0.4, 0.7), (1, 1)),
+    (5, (0.15, 0.25), (1, 1)),
 )
+_PAUSE = (0.1, 0.15)  # range of seconds between bursts
 
 
 def pitch(rng, split, stratum) -> Scene:
@@ -49,7 +52,7 @@ def pitch(rng, split, stratum) -> Scene:
 
 def glide(rng, split, stratum) -> Scene:
     """A scene of the family; `stratum` is that of `families.sample_scene`."""
-    voice = _voice(rng, split, stratum)
+    voice = _voice(rng, split)
     tone = _tone(rng, voice, rng.uniform(0.9, 1.6), glide=_GLIDE if stratum == 0 else 1 / _GLIDE)
     return Scene("glide", (), (), GLIDES[stratum], (tone,))
 
@@ -70,11 +73,12 @@ def noise(rng, split, stratum) -> Scene:
         for number, shape in enumerate(_SHAPES)
         if ((number + stratum) % len(_SHAPES) == 0) == (split == "heldout")
     ]
-    level = rng.uniform(*_LEVEL)
-    events = tuple(
-        Event(NOISES[stratum], start, seconds, (level * first, level * last))
-        for start, seconds, first, last in shapes[rng.integers(len(shapes))]
-    )
+    bursts, length, levels = shapes[rng.integers(len(shapes))]
+    seconds, pause, level = (rng.uniform(*range_) for range_ in (length, _PAUSE, _LEVEL))
+    whole = bursts * (seconds + pause) - pause
+    start = rng.uniform(0.05, SECONDS - 0.05 - whole)
+    event = Event(NOISES[stratum], 0, seconds, tuple(level * part for part in levels))
+    events = tuple(_again(event, start + i * (seconds + pause)) for i in range(bursts))
     return Scene("noise", (), (), NOISES[stratum], events)
 
 

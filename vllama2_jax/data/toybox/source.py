@@ -16,20 +16,19 @@ from vllama2_jax.data.records import Media, Record
 from vllama2_jax.data.toybox.drawing import render
 from vllama2_jax.data.toybox.families import MEDIA_OF, sample_scene
 from vllama2_jax.data.toybox.questions import Question, ask_about, describe
-from vllama2_jax.data.toybox.scenes import MOMENTS, SPLITS, Scene
+from vllama2_jax.data.toybox.scenes import MEDIA, MOMENTS, SPLITS, Scene
 from vllama2_jax.data.toybox.synthesis import SAMPLE_RATE, synthesise
 from vllama2_jax.media import Clip
 from vllama2_jax.media.fbank import filter_bank
 from vllama2_jax.media.waveform import fit
 
 KINDS = ("clips", "captions", "questions", "text", "bare")
-MEDIA = ("video", "audio", "av", "all")
 _WITH_MEDIA = ("clips", "captions", "questions")
 # Shares of the families, by how much there is to learn: moving things are asked about in three
 # ways, and to pick one of the two names that a question about order holds takes a decoder longest.
 _SHARES = {
-    "video": {"motion": 0.2, "order": 0.34, "count": 0.09, "change": 0.27, "bounce": 0.1},
-    "audio": {"pitch": 0.09, "glide": 0.18, "beeps": 0.42, "noise": 0.1, "timing": 0.21},
+    "video": {"motion": 0.2, "order": 0.32, "count": 0.09, "change": 0.3, "bounce": 0.09},
+    "audio": {"pitch": 0.09, "glide": 0.18, "beeps": 0.4, "noise": 0.13, "timing": 0.2},
     "av": {"sync": 0.45, "sounding": 0.55},
 }
 # Of text and bare questions.
@@ -44,8 +43,8 @@ _QUESTION_SHARES = {
     "audio": {"pitch": 1, "glide": 1, "beeps": 1, "noise": 1, "timing": 1},
     "av": {"sync": 1, "sounding": 1},
 }
-# Of "all" media, in scenes.
-_MEDIA_SHARES = {"video": 0.5, "audio": 0.2, "av": 0.3}
+# Shares of the scenes of media "all".
+_MEDIA_SHARES = {"video": 0.56, "audio": 0.16, "av": 0.28}
 # Share of text-only conversations that give the answer away in words; the rest must be guessed.
 _WITH_STORY = 0.5
 # What is counted has no order to be told in.
@@ -56,7 +55,7 @@ _TELL = {
     "av": ("Describe the video.", "What do you see and hear?", "What happens in this video?"),
 }
 _NOISE = 5  # in steps of 255, so that encoded videos look familiar
-_VERSION = 2  # of the records; another one makes runs begin anew
+_VERSION = 3  # of the records; another one makes runs begin anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,8 @@ class ToyboxSource:
         all that a clip shows, and an answer one thing of it.
       media: what their scenes are about: "video", "audio", "av", what is seen and heard together,
         or "all" of these.
-      withheld: of "clips", share of those that are asked about without their media, or of "av"
-        without pictures, without sound or without both, so that the answer is to be guessed at.
+      withheld: of "clips" of "av", share of those that are asked about with their pictures or their
+        sound alone, so that the answer is to be guessed at.
     """
 
     records: int
@@ -101,11 +100,12 @@ class ToyboxSource:
                 f"a Toybox of {self.records} records with seed {self.seed}: give at least one "
                 "record and a seed that is not negative"
             )
-        for name in ("told", "withheld"):
+        for name, media in (("told", MEDIA), ("withheld", ("av",))):
             share = getattr(self, name)
-            if not 0 <= share <= 1 or (share and self.kind != "clips"):
+            if not 0 <= share <= 1 or (share and (self.kind != "clips" or self.media not in media)):
                 raise ValueError(
-                    f"{name} {share} of a Toybox of {self.kind}: it is a share of `clips`, 0 to 1"
+                    f"{name} {share} of a Toybox of {self.kind} about {self.media}: it is a share "
+                    f"of `clips` about {' or '.join(media)}, 0 to 1"
                 )
 
     @property
@@ -129,11 +129,11 @@ class ToyboxSource:
         """
         scene, rng = self._scene(number)
         if self.kind in _WITH_MEDIA:
-            questions, media = self._about(scene, rng), MEDIA_OF[scene.family]
+            questions, given = self._about(scene, rng), MEDIA_OF[scene.family]
             if questions[0].kind != "tell" and rng.random() < self.withheld:
-                media = ("video", "audio", "")[rng.integers(3)] if media == "av" else ""
-            media = Media(media, f"{self.path}/{number}") if media else None
-            prefix = f"{media.placeholder}\n" if media else ""
+                given = ("video", "audio")[rng.integers(2)]
+            media = Media(given, f"{self.path}/{number}")
+            prefix = f"{media.placeholder}\n"
         else:
             story, questions = self._words(scene, rng)
             prefix, media = f"{story}\n", None
@@ -179,7 +179,7 @@ class ToyboxSource:
         return questions if self.kind == "clips" else questions[:1]
 
     def _words(self, scene: Scene, rng) -> tuple[str, list[Question]]:
-        """A story and the questions about it; without one, what is asked when there is no video."""
+        """A story and the questions about it; or "", and one to guess at."""
         questions = _in_any_order(ask_about(scene, rng), rng)
         if self.kind == "text" and rng.random() < _WITH_STORY:
             return describe(scene), questions
