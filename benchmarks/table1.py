@@ -45,7 +45,7 @@ _QUESTIONS = 600
 _GROUPS = {
     "static": ("colour", "shape", "count"),
     "change": ("change",),
-    "temporal": ("direction", "order"),
+    "temporal": ("direction", "order", "bounce"),
 }
 _REMARKS = "## "  # begins what a person has written below the table
 
