@@ -80,7 +80,7 @@ tiny: $(STAMP)  ## train the embedded model again, as far as it sees (15 minutes
 	$(BIN)/python -m vllama2_jax.train.schooling --out runs/tiny_start
 	$(BIN)/vllama2 train --config=config:tiny_video_pretrain --out runs/tiny_video_pretrain
 	$(BIN)/vllama2 train --config=config:tiny_video_sft --out runs/tiny_video_sft
-	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny_video_sft --media video --clips 500
+	$(BIN)/python -m vllama2_jax.evals.toybox runs/tiny_video_sft --clips 500
 
 tiny-av: $(STAMP)  ## go on behind `make tiny`: what it hears, and both together, into runs/tiny
 	$(BIN)/python -m vllama2_jax.train.schooling --hearing runs/tiny_video_sft --out runs/tiny_ears

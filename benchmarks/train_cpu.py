@@ -1,4 +1,4 @@
-"""Seconds per training step of `tiny` on this CPU: its schooling, and its two recipes.
+"""Seconds per training step of `tiny` on this CPU: its lessons, and its five recipes.
 
     python benchmarks/train_cpu.py [--repeats 12]
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train_cpu.py

@@ -27,7 +27,7 @@ def add_train(command) -> None:
         "--lora",
         type=int,
         metavar="RANK",
-        help="train adapters on the decoder, and the whole connector",
+        help="train adapters on the decoder, and the connectors that the recipe trains",
     )
     train.add_argument("--workers", type=int, metavar="N", help="processes that decode; 0 is none")
     train.add_argument("--seed", type=int, help="of new parameters and of every order")
@@ -36,7 +36,7 @@ def add_train(command) -> None:
         action="append",
         default=[],
         metavar="WHAT",
-        help="config:RECIPE (video_pretrain, video_sft, tiny_video_sft, ...), then fiddler:NAME "
+        help="config:RECIPE (video_sft, av_joint, tiny_av_joint, ...), then fiddler:NAME "
         "and set:FIELD=VALUE, as often as you like; what is not named above is the recipe's",
     )
     train.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps for XProf")
