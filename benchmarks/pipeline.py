@@ -42,7 +42,7 @@ from vllama2_jax.media.video import VideoFile
 from vllama2_jax.text import load_tokenizer
 
 WIDTH, HEIGHT, SECONDS, RATE, CLIPS = 640, 360, 10, 30, 4
-NUM_FRAMES, MEDIA_TOKENS, MAX_LENGTH, ROWS = 8, 676, 1024, 4
+NUM_FRAMES, MEDIA_TOKENS, TEXT_TOKENS, ROWS = 8, 676, 348, 4
 LIMITS = Limits(max_threads=1)
 
 
@@ -125,20 +125,31 @@ class PlainLoop:
 class Pipeline:
     """Batches of a feed."""
 
-    def __init__(self, source, read_clip, workers: int, hearing=None, sound_tokens: int = 0):
+    def __init__(
+        self,
+        source,
+        read_clip,
+        workers: int,
+        *,
+        num_frames: int = NUM_FRAMES,
+        size: int = CLIP_336.size,
+        media_tokens: int = MEDIA_TOKENS,
+        hearing=None,
+        sound_tokens: int = 0,
+    ):
         tokenizer = load_tokenizer(resources.files("vllama2_jax") / "assets/tiny/tokenizer")
-        self._length = MAX_LENGTH + sound_tokens
+        self._length = TEXT_TOKENS + media_tokens + sound_tokens
         self._format = RecordFormat(
             tokenizer,
             "chatml",
             "sft",
-            MEDIA_TOKENS,
-            max_tokens=MAX_LENGTH,
+            media_tokens,
+            max_tokens=TEXT_TOKENS,
             max_length=self._length,
             sound_tokens=sound_tokens,
         )
         self._source, self._read_clip, self._workers = source, read_clip, workers
-        self._hearing = hearing
+        self._clips, self._hearing = (num_frames, size, 1), hearing
         self._index = build_index(source, self._format)
 
     def feed(self, steps: int) -> Feed:
@@ -157,8 +168,9 @@ class Pipeline:
             num_steps=steps,
         )
         readers = (self._read_clip,)
-        how = (NUM_FRAMES, CLIP_336.size, 1)
-        maker = Assembler((self._source,), self._format, readers, *how, hearing=self._hearing)
+        maker = Assembler(
+            (self._source,), self._format, readers, *self._clips, hearing=self._hearing
+        )
         return Feed(schedule, maker, workers=self._workers)
 
     def seconds(self, steps: int) -> float:

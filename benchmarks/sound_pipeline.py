@@ -2,9 +2,9 @@
 
     python benchmarks/sound_pipeline.py [--repeats 7] [--steps 12] [--folder DIR]
 
-The clips of `pipeline.py`, with a stereo AAC track at 44.1 kHz. Of each, 8 frames are read for
-CLIP, and with sound eight pieces of two seconds for BEATs as well, as joint training reads them
-(preset "reference"). All else, and how it is measured, is as in `pipeline.py`.
+The clips of `pipeline.py`, with a stereo AAC track at 44.1 kHz, read as joint training of
+VideoLLaMA2.1-7B-AV reads them: 16 frames for SigLIP, and with sound eight pieces of two seconds for
+BEATs as well (preset "reference"). How it is measured is as in `pipeline.py`.
 """
 
 import argparse
@@ -14,15 +14,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from pipeline import CLIP_336, LIMITS, NUM_FRAMES, ROWS, Pipeline, ratio, title, write_records
+from pipeline import LIMITS, ROWS, Pipeline, ratio, title, write_records
 from rich.console import Console
 from rich.table import Table
 
 from vllama2_jax.data.assemble import ClipReader, Hearing, SoundReader
 from vllama2_jax.data.sources import open_source
-from vllama2_jax.media import SoundSpec
-from vllama2_jax.models.zoo import BEATS_ITER3
+from vllama2_jax.media import SIGLIP_384, SoundSpec
+from vllama2_jax.models.zoo import model_config
 
+MODEL = model_config("2.1-7B-AV")
 WORKERS = (0, 1, 2)
 
 
@@ -32,16 +33,20 @@ def measure(folder: Path, repeats: int, steps: int) -> dict[str, list[float]]:
     records = [record | {"audio": True} for record in json.loads(alone.read_text())]
     both = folder / "both.json"
     both.write_text(json.dumps(records))
-    read = ClipReader(CLIP_336, NUM_FRAMES, root=str(folder), limits=LIMITS)
-    listen = SoundReader(SoundSpec(BEATS_ITER3.seconds), root=str(folder), limits=LIMITS)
-    hearing = Hearing((listen,), BEATS_ITER3.num_frames, max_sounds=1)
+    read = ClipReader(SIGLIP_384, MODEL.num_frames, root=str(folder), limits=LIMITS)
+    listen = SoundReader(SoundSpec(MODEL.audio.seconds), root=str(folder), limits=LIMITS)
+    hearing = Hearing((listen,), MODEL.audio.num_frames, max_sounds=1)
+    clips = {
+        "num_frames": MODEL.num_frames,
+        "size": SIGLIP_384.size,
+        "media_tokens": MODEL.num_media_tokens(),
+    }
+    sound = {"hearing": hearing, "sound_tokens": MODEL.num_sound_tokens}
     sides = {}
     for workers in WORKERS:
         named = f"{workers} workers"
-        sides[f"alone, {named}"] = Pipeline(open_source(alone), read, workers)
-        sides[f"with sound, {named}"] = Pipeline(
-            open_source(both), read, workers, hearing, BEATS_ITER3.num_tokens
-        )
+        sides[f"alone, {named}"] = Pipeline(open_source(alone), read, workers, **clips)
+        sides[f"with sound, {named}"] = Pipeline(open_source(both), read, workers, **clips, **sound)
     check_heard(sides["with sound, 0 workers"])
     rates = {name: [] for name in sides}
     for _ in range(repeats):

@@ -19,10 +19,10 @@ def tiny_video_sft() -> fdl.Config[TrainConfig]:
     config.start.model = tiny.PRETRAINED
     config.rules = train_only("connector/.*", "decoder/.*")
     config.data.sources = (
-        tiny.toybox("clips", 30_000, "clips", told=0.4),
-        tiny.toybox("bare", 10_000, "bare"),
+        tiny.toybox("clips", 36_000, "clips", told=0.4),
+        tiny.toybox("bare", 12_000, "bare"),
     )
-    tiny.row_length(config, 144)  # all that is asked of a clip, or less with a bare question
+    tiny.row_length(config, 148)  # all that is asked of a clip, or less with a bare question
     config.validation.sources = (tiny.toybox("heldout", 224, "questions", split="heldout"),)
     config.validation.accuracy = True
     config.optimizer.learning_rate = 1.5e-3

@@ -127,7 +127,9 @@ def test_videos_that_will_be_heard_as_silence_are_counted(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(records))
     report = check(open_source(tmp_path / "r.json"), tmp_path)
     assert report.quarantine == []
-    assert report.notes() == ["2 video(s) have no sound track; training hears silence instead"]
+    assert report.notes() == [
+        "2 record(s) ask for the sound of a video that has none; training hears silence instead"
+    ]
 
 
 def test_the_length_index_counts_the_ids_that_training_sees(folder, report, tmp_path):

@@ -153,14 +153,13 @@ def _combination(scene):
             middle = np.sqrt(np.prod(event.pitches))
             register = int(np.abs(np.log(np.asarray(REGISTERS) / max(middle, 1))).argmin())
             voices.add((event.kind, register, event.timbre))
-    # Shapes of noises over time differ in their bursts: how many, how long, and how they swell.
+    # Noises differ in their bursts: how many, how long, and how they swell.
     noises = {
         (len(scene.events), e.seconds > 1, np.sign(e.levels[0] - e.levels[1]))
         for e in scene.events
         if e.kind != "tone"
     }
-    bounce = int(np.argmax([moment.things[0].y for moment in scene.moments] or [0]))
-    when = scene.family == "sync" and bounce
+    when = scene.family == "sync" and int(np.argmax([m.things[0].y for m in scene.moments]))
     # Where two are all the answers, what is seen or heard must not give the right one away.
     fact = scene.fact if scene.family not in ("sync", "sounding", "glide", "pitch") else ""
     return scene.family, fact, tuple(things), frozenset(voices), frozenset(noises), when

@@ -102,11 +102,11 @@ def test_a_track_that_turns_from_mono_to_stereo_is_heard_on_both_sides(tmp_path)
     parts = {"mono": low[None], "stereo": np.stack([0 * high, high])}
     coded = [
         write_coded(
-            tmp_path / f"{layout}.ac3", np.int16(32767 * samples), 48000, "ac3", layout
+            tmp_path / f"{layout}.mp2", np.int16(32767 * samples), 48000, "mp2", layout
         ).read_bytes()
         for layout, samples in parts.items()
     ]
-    path = tmp_path / "both.ac3"
+    path = tmp_path / "both.mp2"
     path.write_bytes(b"".join(coded))
     bank = load_sound(path, spec=SPEC, preset=PAPER).bank
     for frames, hertz in ((bank[20:180], 400), (bank[220:380], 2000)):
@@ -116,11 +116,11 @@ def test_a_track_that_turns_from_mono_to_stereo_is_heard_on_both_sides(tmp_path)
 def test_a_track_that_changes_its_rate_is_mixed_or_refused(tmp_path):
     parts = [
         write_coded(
-            tmp_path / f"{rate}.ac3", np.int16(32767 * tone(400, 2, rate))[None], rate, "ac3"
+            tmp_path / f"{rate}.mp2", np.int16(32767 * tone(400, 2, rate))[None], rate, "mp2"
         ).read_bytes()
         for rate in (48000, 32000)
     ]
-    path = tmp_path / "both.ac3"
+    path = tmp_path / "both.mp2"
     path.write_bytes(b"".join(parts))
     bank = load_sound(path, spec=SPEC, preset=PAPER).bank
     wanted = filter_bank(tone(400, 1, 16000))[50].argmax()

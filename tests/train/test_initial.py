@@ -54,6 +54,9 @@ def test_narrow_audio_tower_starts_with_matrices_that_keep_their_inputs_size():
     kernels = {path for path in after if path.endswith("/kernel")}
     assert widened == {path for path in kernels if "conv" not in path and "gate" not in path}
     for path in widened:
-        x = np.random.default_rng(0).normal(size=(256, *after[path].shape[:-1]))
-        out = np.tensordot(x, after[path], axes=after[path].ndim - 1)
+        kernel = after[path][0] if path.startswith("blocks/") else after[path]
+        # What is summed over: heads as well behind them, and a patch's pixels.
+        axes = {"out": 2, "patch_embed": 3}.get(path.split("/")[-2], 1)
+        x = np.random.default_rng(0).normal(size=(512, *kernel.shape[:axes]))
+        out = np.tensordot(x, kernel, axes=axes)
         assert float(out.std()) == pytest.approx(1.0, rel=0.1), path

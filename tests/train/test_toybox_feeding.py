@@ -69,12 +69,12 @@ def test_every_row_holds_one_video_and_some_a_bare_question_beside_it(feeding, b
             np.testing.assert_array_equal(slots[slots >= 0], np.arange(64))
             assert len(set(np.asarray(batch.segment_ids[row])[slots >= 0])) == 1
             rows, segments = rows + 1, segments + int(batch.segment_ids[row].max())
-    assert (rows, segments) == (30, 40)
+    assert (rows, segments) == (36, 48)
     assert feeding.datasets == ("clips", "bare")
 
 
 def test_frames_are_those_of_the_records_that_are_asked_about(feeding, batches):
-    step, source = feeding.schedule[1], ToyboxSource(30, "clips", told=0.4)
+    step, source = feeding.schedule[1], ToyboxSource(36, "clips", told=0.4)
     for row, places in enumerate(step.rows):
         (number,) = (number for source_number, number in places if source_number == 0)
         expected = source.frames(number, 64)
@@ -94,7 +94,7 @@ def test_frames_are_those_of_the_records_that_are_asked_about(feeding, batches):
 def test_rows_are_long_enough_for_all_that_is_said(recipe, tokenizer, tmp_path):
     """Nothing is cut: a record has the slots that it would have in rows without end."""
     data = build(parse([f"config:{recipe}"])).data
-    sources = tuple(dataclasses.replace(s, records=500) for s in data.sources)
+    sources = tuple(dataclasses.replace(s, records=2000) for s in data.sources)
     data = dataclasses.replace(data, sources=sources)
     made = make_feeding(
         data,
@@ -108,7 +108,7 @@ def test_rows_are_long_enough_for_all_that_is_said(recipe, tokenizer, tmp_path):
     form = made.feed.assembler.record_format
     assert form.max_length == data.max_length
     for source in made.feed.assembler.sources:
-        for record in (source[number] for number in range(500)):
+        for record in (source[number] for number in range(2000)):
             seen = record.media is not None and record.media.seen
             heard = record.media is not None and record.media.kind in ("audio", "av")
             text, limit = form.text_tokens(record), form.limit(int(seen), int(heard))

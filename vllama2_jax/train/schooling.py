@@ -79,7 +79,7 @@ def _lesson(part, learning_rate, warmup_ratio, steps, rows) -> Lesson:
 
 SEEING = (
     _lesson("vision", 2e-3, 0.04, steps=1200, rows=32),
-    _lesson("connector", 3e-3, 0.025, steps=1200, rows=24),
+    _lesson("connector", 3e-3, 0.025, steps=1500, rows=24),
     _lesson("decoder", 2e-3, 0.03, steps=850, rows=16),
 )
 HEARING = (_lesson("audio", 2e-3, 0.04, steps=1100, rows=32),)

@@ -129,6 +129,10 @@ def is_heldout(pairs, fact: int = 0) -> bool:
 
 
 def is_voice_heldout(voice: tuple[int, str], fact: int = 0) -> bool:
-    """Whether a combination of a voice, (register, timbre), and an answer's number is held out."""
+    """Whether a combination of a voice, (register, timbre), and an answer's number is held out.
+
+    Of the answer 0 it is (1, "pure"), (0, "hollow") and (5, "bright"): neither the lowest voice of
+    all, nor those between which low and high part, of which other timbres would tell too little.
+    """
     register, timbre = voice
-    return (register + TIMBRES.index(timbre) + fact) % 6 == 0
+    return (register + TIMBRES.index(timbre) + fact) % 6 == 1

@@ -1,7 +1,7 @@
 """What is heard in Toybox: how the sounds of each family come about by lot.
 
 * pitch: one tone, low or high. glide: one tone that rises or falls. beeps: so many short ones.
-* noise: one of four, in one of six shapes over time, each drawn somewhat longer or later.
+* noise: one of four, in few or many bursts, each of which keeps its level, swells or fades.
 * timing: one beep, at one of three times.
 
 Tones have a voice, one of six registers and three timbres. Where there are only two answers the
@@ -29,16 +29,10 @@ _LEVEL = (0.15, 0.4)  # range of amplitudes
 _BEEP = 0.1  # seconds
 _BETWEEN = 0.38  # seconds from one beep to the next
 _GLIDE = 2**0.5  # of pitches, from where a glide starts to its middle
-# Shapes of a noise over time: how many bursts, the range of seconds that one lasts, and its level
-# at start and end.
-_SHAPES = (
-    (1, (1.2, 1.8), (1, 1)),
-    (1, (1.2, 1.8), (0.1, 1)),
-    (1, (1.2, 1.8), (1, 0.1)),
-    (1, (0.4, 0.8), (1, 1)),
-    (2, (0.4, 0.7), (1, 1)),
-    (5, (0.15, 0.25), (1, 1)),
-)
+# A noise comes in bursts, so many, each so many seconds long (a range), and each with such a level
+# at its start and end.
+_BURSTS = ((1, (1.2, 1.8)), (1, (0.4, 0.8)), (2, (0.4, 0.7)), (5, (0.15, 0.25)))
+_SWELLS = ((1, 1), (0.1, 1), (1, 0.1))
 _PAUSE = (0.1, 0.15)  # range of seconds between bursts
 
 
@@ -69,15 +63,17 @@ def beeps(rng, split, stratum) -> Scene:
 def noise(rng, split, stratum) -> Scene:
     """A scene of the family; `stratum` is that of `families.sample_scene`."""
     shapes = [
-        shape
-        for number, shape in enumerate(_SHAPES)
-        if ((number + stratum) % len(_SHAPES) == 0) == (split == "heldout")
+        (bursts, swell)
+        for bursts in range(len(_BURSTS))
+        for swell in range(len(_SWELLS))
+        if ((bursts + swell + stratum) % 6 == 0) == (split == "heldout")
     ]
-    bursts, length, levels = shapes[rng.integers(len(shapes))]
+    number, swell = shapes[rng.integers(len(shapes))]
+    bursts, length = _BURSTS[number]
     seconds, pause, level = (rng.uniform(*range_) for range_ in (length, _PAUSE, _LEVEL))
     whole = bursts * (seconds + pause) - pause
     start = rng.uniform(0.05, SECONDS - 0.05 - whole)
-    event = Event(NOISES[stratum], 0, seconds, tuple(level * part for part in levels))
+    event = Event(NOISES[stratum], 0, seconds, tuple(level * part for part in _SWELLS[swell]))
     events = tuple(_again(event, start + i * (seconds + pause)) for i in range(bursts))
     return Scene("noise", (), (), NOISES[stratum], events)
 
