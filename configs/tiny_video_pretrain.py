@@ -16,5 +16,6 @@ def tiny_video_pretrain() -> fdl.Config[TrainConfig]:
     config.data.style = "plain"
     tiny.row_length(config, 96)
     config.validation.sources = (tiny.toybox("heldout", 240, "captions", split="heldout"),)
-    config.optimizer.learning_rate = 1e-3
+    # The connector comes taught: 150 steps at the recipe's 1e-3 undo what it tells of directions.
+    config.optimizer.learning_rate = 1e-4
     return config

@@ -19,8 +19,8 @@ def tiny_video_sft() -> fdl.Config[TrainConfig]:
     config.start.model = tiny.PRETRAINED
     config.rules = train_only("connector/.*", "decoder/.*")
     config.data.sources = (
-        tiny.toybox("clips", 36_000, "clips", told=0.4),
-        tiny.toybox("bare", 12_000, "bare"),
+        tiny.toybox("clips", 27_000, "clips", told=0.4),
+        tiny.toybox("bare", 9_000, "bare"),
     )
     tiny.row_length(config, 148)  # all that is asked of a clip, or less with a bare question
     config.validation.sources = (tiny.toybox("heldout", 224, "questions", split="heldout"),)

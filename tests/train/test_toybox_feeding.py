@@ -69,12 +69,12 @@ def test_every_row_holds_one_video_and_some_a_bare_question_beside_it(feeding, b
             np.testing.assert_array_equal(slots[slots >= 0], np.arange(64))
             assert len(set(np.asarray(batch.segment_ids[row])[slots >= 0])) == 1
             rows, segments = rows + 1, segments + int(batch.segment_ids[row].max())
-    assert (rows, segments) == (36, 48)
+    assert (rows, segments) == (27, 36)
     assert feeding.datasets == ("clips", "bare")
 
 
 def test_frames_are_those_of_the_records_that_are_asked_about(feeding, batches):
-    step, source = feeding.schedule[1], ToyboxSource(36, "clips", told=0.4)
+    step, source = feeding.schedule[1], ToyboxSource(27, "clips", told=0.4)
     for row, places in enumerate(step.rows):
         (number,) = (number for source_number, number in places if source_number == 0)
         expected = source.frames(number, 64)
