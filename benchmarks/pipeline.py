@@ -248,10 +248,10 @@ def ratio(turns: list[float], base: list[float]) -> str:
     return f"{statistics.median(t / b for t, b in zip(turns, base, strict=True)):.2f}"
 
 
-def title() -> str:
+def title(num_frames: int = NUM_FRAMES, tower: str = "CLIP") -> str:
     return (
-        f"{NUM_FRAMES} frames of {WIDTH}x{HEIGHT} H.264, {SECONDS} s at {RATE} fps, resized for "
-        f"CLIP; batches of {ROWS} ({len(os.sched_getaffinity(0))} cores)"
+        f"{num_frames} frames of {WIDTH}x{HEIGHT} H.264, {SECONDS} s at {RATE} fps, resized for "
+        f"{tower}; batches of {ROWS} ({len(os.sched_getaffinity(0))} cores)"
     )
 
 

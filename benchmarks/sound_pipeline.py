@@ -72,7 +72,14 @@ def main():
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         rates = measure(folder, options.repeats, options.steps)
-    table = Table("side", "clips / s", "min", "max", "of the video alone", title=title())
+    table = Table(
+        "side",
+        "clips / s",
+        "min",
+        "max",
+        "of the video alone",
+        title=title(MODEL.num_frames, "SigLIP"),
+    )
     for name, turns in rates.items():
         base = rates[name.replace("with sound", "alone")]
         cells = (statistics.median(turns), min(turns), max(turns))
