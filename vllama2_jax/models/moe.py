@@ -149,9 +149,9 @@ class Expert(nn.Module):
 
 def _kernels(c):
     return (
-        ("gate", (c.width, c.mlp_dim), ("embed", "mlp")),
-        ("up", (c.width, c.mlp_dim), ("embed", "mlp")),
-        ("down", (c.mlp_dim, c.width), ("mlp", "embed")),
+        ("gate", (c.width, c.mlp_dim), ("expert_embed", "mlp")),
+        ("up", (c.width, c.mlp_dim), ("expert_embed", "mlp")),
+        ("down", (c.mlp_dim, c.width), ("mlp", "expert_embed")),
     )
 
 
