@@ -113,6 +113,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
 
 
+def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) -> jax.Array:
+    """Inside `per_device`: an array's parts from all devices, so that its gradient is scattered.
+
+    Args:
+      x: this device's part.
+      names: of its axes.
+      layout: what was in force outside; None gathers nothing.
+      kept: names of axes that stay split.
+    """
+    for axis, name in enumerate(names):
+        mesh_axes = layout.axes(name) if layout and name not in kept else ()
+        if mesh_axes:
+            x = jax.lax.all_gather(x, mesh_axes, axis=axis, tiled=True)
+    return x
+
+
 def per_device(function: Callable, in_names, out_names) -> Callable:
     """`function` of each device's own parts (`jax.shard_map` over the whole mesh).
 

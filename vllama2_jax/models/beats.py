@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.models.activations import gelu
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.config import BeatsConfig
 from vllama2_jax.models.convolution import convolve
 from vllama2_jax.models.long_convolution import convolve_long
@@ -204,7 +205,7 @@ class Block(nn.Module):
             name="fc2",
             **common,
         )(gelu(hidden))
-        x = _layer_norm(*parts, "norm2")(x * weight + hidden)
+        x = constrain(_layer_norm(*parts, "norm2")(x * weight + hidden), "images", None, None)
         return (x if keep is None else jnp.where(keep[:, None, None], x, given)), None
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.models.activations import gelu
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.config import AudioConnectorConfig, ConnectorConfig
 from vllama2_jax.models.convolution import convolve, cut_windows
 from vllama2_jax.models.matmul import dense_dot
@@ -130,7 +131,7 @@ class Bottleneck(_Layers):
         y = self.norm(self.pointwise(y, self.features, "conv3"), "norm3")
         if x.shape[-1] != self.features:
             x = self.norm(self.pointwise(x, self.features, "shortcut"), "shortcut_norm")
-        return nn.silu(x + y)
+        return constrain(nn.silu(x + y), "images", None, None, None)
 
 
 class RegStage(_Layers):
@@ -203,7 +204,7 @@ class Connector(_Layers):
                 x = gelu(x)
             names = ("embed", "mlp") if index % 2 == 0 else ("mlp", "embed")
             x = self.dense(x, config.out_dim, names, f"readout_{index}")
-        return x
+        return constrain(x, "clips", None, None)
 
     def _stage(self, x, name):
         if not self.config.depth:

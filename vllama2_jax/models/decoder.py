@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.models.attention import attend
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import DecoderConfig
 from vllama2_jax.models.linear import Linear
@@ -58,23 +59,24 @@ class Attention(nn.Module):
     param_dtype: Any
     backend: str
 
-    def _heads(self, name, count, axis):
-        return Linear(
+    def _project(self, x, name, count, axis):
+        heads = Linear(
             (count, self.config.head_dim),
             ("embed", axis, "head_dim"),
             self.dtype,
             self.param_dtype,
             use_bias=self.config.qkv_bias,
             name=name,
-        )
+        )(x)
+        return constrain(heads, "batch", "length", axis, "head_dim")
 
     @nn.compact
     def __call__(self, x, rope, positions, segments, cache, layer_kv):
         """Mix `x` [B, L, W] along L; returns it and the layer's updated (keys, values)."""
         c = self.config
-        q = apply_rope(self._heads("query", c.num_heads, "heads")(x), rope)
-        k = apply_rope(self._heads("key", c.num_kv_heads, "kv_heads")(x), rope)
-        v = self._heads("value", c.num_kv_heads, "kv_heads")(x)
+        q = apply_rope(self._project(x, "query", c.num_heads, "heads"), rope)
+        k = apply_rope(self._project(x, "key", c.num_kv_heads, "kv_heads"), rope)
+        v = self._project(x, "value", c.num_kv_heads, "kv_heads")
         common = {
             "q_positions": positions,
             "q_segments": segments,
@@ -135,7 +137,8 @@ class MLP(nn.Module):
         """Transform `x` [B, L, W] token by token."""
         gate = self._linear("gate", self.config.mlp_dim, "embed", "mlp")(x)
         up = self._linear("up", self.config.mlp_dim, "embed", "mlp")(x)
-        return self._linear("down", self.config.width, "mlp", "embed")(nn.silu(gate) * up)
+        hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return self._linear("down", self.config.width, "mlp", "embed")(hidden)
 
 
 class DecoderLayer(nn.Module):
@@ -167,7 +170,7 @@ class DecoderLayer(nn.Module):
             mixed, router_logits = moe(normed)
         else:
             mixed, router_logits = MLP(c, *types, name="mlp")(normed), None
-        return x + mixed, (layer_kv, router_logits)
+        return constrain(x + mixed, "batch", "length", "act_embed"), (layer_kv, router_logits)
 
 
 class Decoder(nn.Module):
@@ -263,7 +266,7 @@ class Decoder(nn.Module):
             )
         if with_router_logits and not c.num_experts:
             raise ValueError(f"a {c.family} decoder without experts has no router logits")
-        x = x.astype(self.dtype)
+        x = constrain(x.astype(self.dtype), "batch", "length", "act_embed")
         rope = rope_tables(positions, c.head_dim, c.rope_theta)
         if cache is not None:
             cache = cache.claim(positions, segments)

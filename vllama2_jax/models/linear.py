@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.lora import low_rank
 from vllama2_jax.models.matmul import dense_dot
 from vllama2_jax.models.quantized import multiply_quantized, quantized_parts
@@ -61,5 +62,7 @@ class Linear(nn.Module):
         return out
 
     def _param(self, name, init, names, shape):
-        init = nn.with_logical_partitioning(init, names)
-        return self.param(name, init, shape, self.param_dtype).astype(self.dtype)
+        boxed = nn.with_logical_partitioning(init, names)
+        leaf = self.param(name, boxed, shape, self.param_dtype).astype(self.dtype)
+        # Split as it is stored, so that its gradient is scattered where it arises, layer by layer.
+        return constrain(leaf, *names)

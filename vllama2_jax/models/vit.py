@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.models.activations import gelu_tanh, quick_gelu
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.config import ViTConfig
 from vllama2_jax.models.convolution import convolve
 from vllama2_jax.models.matmul import dense_dot
@@ -195,7 +196,7 @@ class Block(nn.Module):
         parts = (self.config, self.dtype, self.param_dtype)
         x = x + Attention(*parts, name="attention")(_layer_norm(*parts, "norm1")(x))
         x = x + Mlp(*parts, name="mlp")(_layer_norm(*parts, "norm2")(x))
-        return x, None
+        return constrain(x, "images", None, None), None
 
 
 class VisionTower(nn.Module):

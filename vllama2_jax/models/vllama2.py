@@ -5,17 +5,22 @@ media tokens go is data (`media_index`), so that one compiled program serves eve
 images, videos and sound.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vllama2_jax.models.axes import constrain
 from vllama2_jax.models.beats import Beats, normalise_bank
 from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.connector import AudioConnector, Connector
 from vllama2_jax.models.decoder import Decoder
 from vllama2_jax.models.vit import VisionTower, normalise
+
+_MEDIA = ("frames", "clip_frames", "clip_mask", "audio", "audio_mask", "audio_keep")
 
 
 @flax.struct.dataclass
@@ -56,6 +61,13 @@ class Batch:
     audio: jax.Array | None = None
     audio_mask: jax.Array | None = None
     audio_keep: jax.Array | None = None
+
+
+# Names of the axes of a batch's arrays, by which a layout splits them; the rest of each is whole.
+BATCH_AXES = {
+    field.name: ("batch",) if field.name in _MEDIA else ("batch", "length")
+    for field in dataclasses.fields(Batch)
+}
 
 
 def splice(text: jax.Array, media: jax.Array, media_index: jax.Array) -> jax.Array:
@@ -134,7 +146,8 @@ class VLlama2(nn.Module):
         """
         rows, num_frames = frames.shape[:2]
         clips, steps = clip_frames.shape[1:]
-        pixels = normalise(frames.reshape(-1, *frames.shape[2:]), self.config.vision)
+        images = constrain(frames.reshape(-1, *frames.shape[2:]), "images", None, None, None)
+        pixels = normalise(images, self.config.vision)
         features = self.vision(pixels.astype(self.dtype))
         features = features.reshape(rows, num_frames, *features.shape[1:])
         by_clip = jax.vmap(lambda row, index: row[index])(features, clip_frames)
@@ -161,7 +174,8 @@ class VLlama2(nn.Module):
           [B, A * num_sound_tokens, W] in `dtype`.
         """
         rows, sounds = audio.shape[:2]
-        banks = normalise_bank(audio.reshape(-1, *audio.shape[2:]), self.config.audio)
+        banks = constrain(audio.reshape(-1, *audio.shape[2:]), "images", None, None)
+        banks = normalise_bank(banks, self.config.audio)
         keep = None if keep is None else jnp.repeat(keep, sounds, axis=0)
         tokens = self.audio_connector(self.audio(banks, keep))
         tokens = tokens.reshape(rows, sounds, *tokens.shape[1:])
@@ -255,9 +269,9 @@ def abstract_params(
     config: VLlama2Config, *, scan_layers: bool = True, split_experts: bool = False
 ) -> dict:
     """Shapes and dtypes of the parameters, as a nested dict of `jax.ShapeDtypeStruct`."""
-    boxed = jax.eval_shape(
-        lambda: init_params(
-            config, jax.random.key(0), scan_layers=scan_layers, split_experts=split_experts
-        )
-    )
-    return nn.meta.unbox(boxed)
+    return nn.meta.unbox(named_params(config, scan_layers=scan_layers, split_experts=split_experts))
+
+
+def named_params(config: VLlama2Config, **kwargs) -> dict:
+    """The same, each in a box that carries its logical axis names."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), **kwargs))

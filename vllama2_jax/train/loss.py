@@ -12,8 +12,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from vllama2_jax.checkpoints.store import flatten, unflatten
+from vllama2_jax.models.axes import gather, layout_in_force, per_device
 from vllama2_jax.models.moe import load_balancing_loss
 from vllama2_jax.models.vllama2 import Batch, VLlama2
+from vllama2_jax.parallel.sharding import leaf_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +91,65 @@ def cross_entropy(
     return (_losses(logits, targets, weights)[0] * weights).sum(), weights.sum()
 
 
-def _losses(logits, targets, weights) -> tuple[jax.Array, jax.Array]:
-    """-log p(target) and (log Z)^2 of each slot, both 0 where the weight is."""
+def _losses(logits, targets, weights, across=()) -> tuple[jax.Array, jax.Array]:
+    """-log p(target) and (log Z)^2 of each slot, both 0 where the weight is.
+
+    Where the vocabulary is split over the mesh axes `across`, logits are this device's part.
+    """
     logits = logits.astype(jnp.float32)
-    # An id outside of the vocabulary gives NaN, which counts only where there is a weight.
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    if across:
+        picked, log_z = _over_parts(logits, targets, across)
+    else:
+        # An id outside of the vocabulary gives NaN, which counts only where there is a weight.
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
     losses = jnp.where(weights > 0, log_z - picked, 0.0)
     squares = jnp.where(weights > 0, log_z, 0.0) ** 2
     return losses, squares
+
+
+def _over_parts(logits, targets, across) -> tuple[jax.Array, jax.Array]:
+    """The target's logit and log Z of logits that are split over mesh axes."""
+    size = logits.shape[-1]
+    own = targets - size * jax.lax.axis_index(across)
+    picked = jnp.take_along_axis(logits, own.clip(0, size - 1)[..., None], axis=-1)[..., 0]
+    picked = jax.lax.psum(jnp.where((own >= 0) & (own < size), picked, 0.0), across)
+    # By all_gather, since pmax has no derivative, not even one that is stopped.
+    highest = jax.lax.all_gather(jax.lax.stop_gradient(logits.max(-1)), across).max(0)
+    total = jax.lax.psum(jnp.exp(logits - highest[..., None]).sum(-1), across)
+    return picked, highest + jnp.log(total)
+
+
+def split_cross_entropy(
+    project: Callable[[dict, jax.Array], jax.Array],
+    head: dict,
+    names: dict,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`chunked_cross_entropy` of each device's own rows, where a layout is in force.
+
+    The head is gathered once, in front of the chunks, and its gradient scattered once behind them.
+    Left to XLA, both would be done for every chunk.
+
+    Args:
+      project, head, hidden, targets, weights, chunk: of `chunked_cross_entropy`.
+      names: a tree like `head`, of the names of each leaf's axes.
+    """
+    layout = layout_in_force()
+    across = layout.axes("vocab") if layout else ()
+
+    def local(head, hidden, targets, weights):
+        head = {
+            path: gather(leaf, names[path], layout, kept=("vocab",)) for path, leaf in head.items()
+        }
+        return chunked_cross_entropy(project, head, hidden, targets, weights, chunk, across)
+
+    slots = ("batch", "length")
+    apart = per_device(local, (names, (*slots, None), slots, slots), (slots, slots))
+    return apart(head, hidden, targets, weights)
 
 
 def chunked_cross_entropy(
@@ -106,6 +159,7 @@ def chunked_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     chunk: int | None,
+    across: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Cross entropy of hidden states, projected to logits a chunk of slots at a time.
 
@@ -120,13 +174,14 @@ def chunked_cross_entropy(
       targets: int32 [B, L].
       weights: float32 [B, L].
       chunk: slots; with None, or where L is no more, rows are projected whole.
+      across: mesh axes that the vocabulary is split over, inside `axes.per_device`.
 
     Returns:
       Float32 [B, L]: -log p(target) and (log Z)^2 of each slot, both 0 where the weight is.
     """
     length = hidden.shape[1]
     if chunk is None or length <= chunk:
-        return _losses(project(head, hidden), targets, weights)
+        return _losses(project(head, hidden), targets, weights, across)
     count = -(-length // chunk)
 
     def split(x):
@@ -145,7 +200,7 @@ def chunked_cross_entropy(
         narrow = jax.tree.map(lambda x, dtype: x.astype(dtype), wide, dtypes)
         return jax.lax.cond(
             (weights > 0).any(),
-            lambda: _losses(project(narrow, hidden), targets, weights),
+            lambda: _losses(project(narrow, hidden), targets, weights, across),
             lambda: (jnp.zeros(weights.shape), jnp.zeros(weights.shape)),
         )
 
@@ -202,9 +257,14 @@ def batch_loss(
     )
     name = "embed_tokens" if model.config.decoder.tie_embeddings else "lm_head"
     weights = batch.target_weights
-    entropy, squares = chunked_cross_entropy(
-        lambda head, rows: model.apply({"params": {"decoder": head}}, rows, method="logits"),
-        {name: params["decoder"][name]},
+    head, layout = flatten({name: params["decoder"][name]}), layout_in_force()
+    projector = _of_vocabulary_part(model, layout.size("vocab")) if layout else model
+    entropy, squares = split_cross_entropy(
+        lambda head, rows: projector.apply(
+            {"params": {"decoder": unflatten(head)}}, rows, method="logits"
+        ),
+        head,
+        {path: _head_axes(path) for path in head},
         hidden,
         batch.targets,
         weights,
@@ -226,6 +286,23 @@ def batch_loss(
         parts["load_balancing"] = balance * weight
         total += config.load_balancing * balance * weight
     return LossSums(total, weight, parts, counts)
+
+
+_HEADS = {
+    "decoder/lm_head/kernel": ("embed", "vocab"),
+    "decoder/embed_tokens/embedding": ("vocab", "embed"),
+}
+
+
+def _of_vocabulary_part(model: VLlama2, parts: int) -> VLlama2:
+    """The network whose head has one of so many equal parts of the vocabulary."""
+    decoder = model.config.decoder
+    decoder = dataclasses.replace(decoder, vocab_size=decoder.vocab_size // parts)
+    return model.clone(config=dataclasses.replace(model.config, decoder=decoder))
+
+
+def _head_axes(path: str) -> tuple[str | None, ...]:
+    return leaf_axes(f"decoder/{path}", _HEADS)
 
 
 _LOSS_OF, _WEIGHT_OF = "loss_sum/", "weight_sum/"

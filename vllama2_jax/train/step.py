@@ -7,7 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from vllama2_jax.models.axes import Layout, using
 from vllama2_jax.train.loss import LossSums, reciprocal
 from vllama2_jax.train.trainable import combine
 
@@ -113,6 +115,8 @@ def make_step(
     micro_batches: int = 1,
     average: str = "tokens",
     compute_dtype=None,
+    layout: Layout | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Compile `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -134,9 +138,12 @@ def make_step(
         among few; micro-batches with nothing to learn, NaN there, are left out.
       compute_dtype: what trains is cast to it once a step; None computes with the float32 masters.
         Activations have the model's own `dtype`.
+      layout: how networks split their arrays over several devices.
+      shardings: where the state's arrays lie, before the step and behind it; metrics lie whole on
+        every device. None lets XLA choose.
     """
 
-    def step(state: TrainState, frozen: dict, batch):
+    def take(state: TrainState, frozen: dict, batch):
         sums, gradients = loss_and_gradients(
             loss,
             state.trainable,
@@ -153,7 +160,14 @@ def make_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    def step(state: TrainState, frozen: dict, batch):
+        with using(layout):
+            return take(state, frozen, batch)
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
 
 
 def _norms(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
