@@ -8,6 +8,7 @@ warm-up, bfloat16, ids cut at 2,048.
 import fiddle as fdl
 
 from vllama2_jax.data.paper_mixtures import PaperMixture
+from vllama2_jax.parallel.mesh import MeshConfig
 from vllama2_jax.train.config import (
     DataConfig,
     SaveConfig,
@@ -35,6 +36,7 @@ def base(name: str) -> fdl.Config[TrainConfig]:
         remat="full",
         validation=fdl.Config(ValidationConfig),
         save=fdl.Config(SaveConfig),
+        mesh=fdl.Config(MeshConfig),
     )
 
 

@@ -24,9 +24,12 @@ from vllama2_jax.convert.huggingface import (
     resolve,
 )
 from vllama2_jax.data.files import is_remote
+from vllama2_jax.models.axes import Layout
+from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.models.zoo import model_config
+from vllama2_jax.parallel.sharding import param_shardings
 from vllama2_jax.text import ChatTemplate, Tokenizer, choose_template, load_tokenizer
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -69,7 +72,13 @@ def find(source: str | Path) -> Path:
 
 
 def read(
-    folder: Path, dtype, *, scan_layers: bool, split_experts: bool = False, progress=None
+    folder: Path,
+    dtype,
+    *,
+    scan_layers: bool,
+    split_experts: bool = False,
+    layout: Layout | None = None,
+    progress=None,
 ) -> tuple[dict, ModelCard, Path]:
     """Parameters, card and tokenizer directory of a model on disk.
 
@@ -79,6 +88,7 @@ def read(
       dtype: of the parameters; None keeps the stored one.
       scan_layers: decoder layers stacked (training) or apart (inference).
       split_experts: see `models/stacking.py`.
+      layout: how the parameters are split over devices; None is the default device alone.
       progress: called with (tensors read, tensors in all) while importing.
 
     Raises:
@@ -88,9 +98,9 @@ def read(
         # A run begins with a model of any layout, and a model may be a run: one has to wait.
         from vllama2_jax.train.start import read_run
 
-        params, card, tokenizer = read_run(folder, dtype, progress)
+        params, card, tokenizer = read_run(folder, dtype, progress, layout)
     elif is_saved_model(folder):
-        params, card = load_model(folder, lambda card: abstract_params(card.config), dtype)
+        params, card = load_model(folder, lambda card: _placed(card.config, layout), dtype)
         tokenizer = local(folder / TOKENIZER)
     elif is_huggingface(folder):
         return load_huggingface(
@@ -98,6 +108,7 @@ def read(
             dtype=dtype,
             scan_layers=scan_layers,
             split_experts=split_experts,
+            layout=layout,
             progress=progress,
         )
     else:
@@ -107,6 +118,16 @@ def read(
         del params
         params = unstack(flat, split_experts)
     return params, card, tokenizer
+
+
+def _placed(config: VLlama2Config, layout: Layout | None) -> dict:
+    """Shapes of a network's parameters, and where they shall lie."""
+    shapes = flatten(abstract_params(config))
+    where = param_shardings(layout, config, shapes)
+    placed = {
+        p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in shapes.items()
+    }
+    return unflatten(placed)
 
 
 def describe(source: str | Path) -> tuple[ModelCard, Path]:

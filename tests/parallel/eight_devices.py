@@ -22,7 +22,6 @@ import numpy as np
 import optax
 
 from tests.miniature import HEARING, MINIATURE
-from vllama2_jax.checkpoints.store import flatten
 from vllama2_jax.models.vllama2 import Batch, VLlama2, init_params
 from vllama2_jax.models.zoo import connector_config
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
@@ -95,7 +94,10 @@ def make_batch(config, seed=0) -> Batch:
         first = 8 + media + row % 3
         last = first + 8 + sound + row % 4
         segments[row, :first], segments[row, first:last] = 1, 2
-        positions[row, :first], positions[row, first:last] = np.arange(first), np.arange(last - first)
+        positions[row, :first], positions[row, first:last] = (
+            np.arange(first),
+            np.arange(last - first),
+        )
         if row % 4 != 3:
             index[row, 1 : 1 + media] = np.arange(media)
         if sound and row % 2:
@@ -125,7 +127,7 @@ def make_batch(config, seed=0) -> Batch:
 
 
 def results(config, mesh: MeshConfig | None):
-    """Loss, gradients and, behind some steps of plain SGD, parameters; on one device without mesh."""
+    """Loss, gradients and, behind steps of plain SGD, parameters; without a mesh on one device."""
     params = nn.meta.unbox(init_params(config, jax.random.key(0)))
     # Larger than usual, so that no gradient drowns in rounding.
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)
@@ -136,7 +138,9 @@ def results(config, mesh: MeshConfig | None):
     loss = functools.partial(
         batch_loss,
         VLlama2(config, remat="full"),
-        config=LossConfig(chunk=8, z_loss=1e-3, load_balancing=0.02 * bool(config.decoder.num_experts)),
+        config=LossConfig(
+            chunk=8, z_loss=1e-3, load_balancing=0.02 * bool(config.decoder.num_experts)
+        ),
         datasets=("a", "b"),
     )
     optimizer, placed = optax.chain(KEEP_GRADIENTS, optax.sgd(0.05)), None
@@ -144,7 +148,10 @@ def results(config, mesh: MeshConfig | None):
     if layout:
         named = param_axes(config)
         placed = shardings(layout, trainable, named)
-        split = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[p]) for p, x in trainable.items()}
+        split = {
+            p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[p])
+            for p, x in trainable.items()
+        }
         where = TrainState(
             jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec()),
             placed,

@@ -15,6 +15,7 @@ from vllama2_jax.checkpoints.store import flatten
 from vllama2_jax.data.pipeline import TooManyFaults
 from vllama2_jax.train import run as run_module
 from vllama2_jax.train.config import SaveConfig, SourceConfig, ValidationConfig
+from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.lora import merge
 from vllama2_jax.train.metrics import read_metrics
 from vllama2_jax.train.run import Outcome, make_run_step, run
@@ -52,11 +53,16 @@ def test_the_loss_falls_and_every_step_is_told(done):
 def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch):
     made = {}
 
-    def make(config, card, feeding, optimizer):
-        made["step"] = make_run_step(config, card, feeding, optimizer)
+    def feed(*args, **kwargs):
+        feeding = make_feeding(*args, **kwargs)
         made["lengths"] = {step.length for step in feeding.schedule}
+        return feeding
+
+    def make(*args):
+        made["step"] = make_run_step(*args)
         return made["step"]
 
+    monkeypatch.setattr(run_module, "make_feeding", feed)
     monkeypatch.setattr(run_module, "make_run_step", make)
     run(small_run, tmp_path / "run")
     assert made["step"]._cache_size() == len(made["lengths"])

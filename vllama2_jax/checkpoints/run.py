@@ -97,8 +97,13 @@ def fingerprints(params: dict[str, jax.Array]) -> dict[str, str]:
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, bits.size)
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # Places are counted axis by axis: flattened, an array that is split would have to be gathered.
+    place, step = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        own = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place += own * jnp.uint32(step % (1 << 32))
+        step *= x.shape[axis]
     sums = [
         jnp.sum((bits + jnp.uint32(1)) * (place * jnp.uint32(weight) | jnp.uint32(1)))
         for weight in (0x9E3779B1, 0x85EBCA77)

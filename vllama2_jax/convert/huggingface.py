@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from vllama2_jax.checkpoints import CheckpointError, ModelCard
@@ -17,9 +16,12 @@ from vllama2_jax.convert.hf_config import (
     tower_name,
 )
 from vllama2_jax.convert.tensors import Merged, Renamed, TorchFile, open_weights
+from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.stacking import unstacked_place
 from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.parallel.placing import Shards
+from vllama2_jax.parallel.sharding import param_shardings
 from vllama2_jax.text import load_tokenizer
 
 _PROJECTOR = "mm_projector.bin"
@@ -105,7 +107,13 @@ def open_checkpoint(folder: Path):
 
 
 def load_huggingface(
-    folder: Path, *, dtype, scan_layers: bool, split_experts: bool = False, progress=None
+    folder: Path,
+    *,
+    dtype,
+    scan_layers: bool,
+    split_experts: bool = False,
+    layout: Layout | None = None,
+    progress=None,
 ) -> tuple[dict, ModelCard, Path]:
     """Read a released checkpoint.
 
@@ -118,10 +126,11 @@ def load_huggingface(
       dtype: NumPy dtype of the returned parameters; None keeps that of each one's first tensor.
       scan_layers: stack the decoder's layers (training) or keep them apart (inference).
       split_experts: give each expert arrays of its own (see `models/stacking.py`).
+      layout: how the parameters are split over devices; None is the default device alone.
       progress: called with (tensors done, tensors in all).
 
     Returns:
-      parameters on the default device, the model card, and the tokenizer's directory.
+      parameters, the model card, and the tokenizer's directory.
 
     Raises:
       CheckpointError: listing every missing, unexpected and misshapen tensor; or for a part that
@@ -135,6 +144,7 @@ def load_huggingface(
         dtype,
         scan_layers=scan_layers,
         split_experts=split_experts,
+        layout=layout,
         progress=progress,
     )
     return params, card, tokenizer_folder
@@ -178,19 +188,20 @@ def read_params(
     scan_layers: bool,
     split_experts: bool = False,
     part: str = "",
+    layout: Layout | None = None,
     progress=None,
 ) -> dict:
-    """Read every tensor to its parameter.
+    """Read every tensor to its parameter, one at a time, straight to the devices that hold it.
 
     Args:
       source: of `convert/tensors.py`.
       config: the network.
       where: what to call the source in an error.
-      dtype, scan_layers, split_experts, progress: see `load_huggingface`.
+      dtype, scan_layers, split_experts, layout, progress: see `load_huggingface`.
       part: see `check_names`.
 
     Returns:
-      Nested dict of arrays on the default device.
+      Nested dict of arrays.
     """
     check_names(source.shapes, config, where, part)
     shapes = flatten(abstract_params(config, scan_layers=scan_layers, split_experts=split_experts))
@@ -205,18 +216,20 @@ def read_params(
     if set(by_target) != set(shapes):
         differing = sorted(set(by_target) ^ set(shapes))
         raise AssertionError(f"tables and network name different parameters: {differing}")
+    options = dict(scan_layers=scan_layers, split_experts=split_experts)
+    where = param_shardings(layout, config, shapes, **options)
     params, done = {}, 0
     for path, parts in by_target.items():
-        buffer = None
+        shards, shape = None, shapes[path].shape
         for index, row in parts:
             tensor = source.read(row.source)
-            if buffer is None:
-                buffer = np.empty(shapes[path].shape, tensor.dtype if dtype is None else dtype)
-            buffer[index] = row.to_parameter(tensor, buffer[index].shape)
+            if shards is None:
+                shards = Shards(shape, tensor.dtype if dtype is None else dtype, where[path])
+            shards.write(index, row.to_parameter(tensor, shape[len(index) :]))
             done += 1
             if progress:
                 progress(done, len(rows))
-        params[path] = jax.device_put(buffer)
+        params[path] = shards.array()
     return unflatten(params)
 
 

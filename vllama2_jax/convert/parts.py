@@ -19,7 +19,7 @@ from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.text import load_tokenizer
 
 
-def read_vision(name: str, config: VLlama2Config, dtype, progress=None) -> dict:
+def read_vision(name: str, config: VLlama2Config, dtype, progress=None, layout=None) -> dict:
     """The tower's parameters.
 
     Args:
@@ -27,6 +27,7 @@ def read_vision(name: str, config: VLlama2Config, dtype, progress=None) -> dict:
       config: of the network that the tower is for.
       dtype: of the parameters.
       progress: called with (tensors read, tensors in all).
+      layout: how they are split over devices.
 
     Raises:
       CheckpointError: if the tower cannot be found, or is not that network's.
@@ -38,12 +39,19 @@ def read_vision(name: str, config: VLlama2Config, dtype, progress=None) -> dict:
     found = dataclasses.replace(vision_from_json(sizes), select_layer=config.vision.select_layer)
     _check_same(name, "tower", found, config.vision)
     params = read_params(
-        open_tower(folder), config, name, dtype, scan_layers=True, part="vision", progress=progress
+        open_tower(folder),
+        config,
+        name,
+        dtype,
+        scan_layers=True,
+        part="vision",
+        progress=progress,
+        layout=layout,
     )
     return params["vision"]
 
 
-def read_audio(path: str, config: VLlama2Config, dtype, progress=None) -> dict:
+def read_audio(path: str, config: VLlama2Config, dtype, progress=None, layout=None) -> dict:
     """The audio tower's parameters.
 
     Args:
@@ -51,6 +59,7 @@ def read_audio(path: str, config: VLlama2Config, dtype, progress=None) -> dict:
       config: of the network that the tower is for.
       dtype: of the parameters.
       progress: called with (tensors read, tensors in all).
+      layout: how they are split over devices.
 
     Raises:
       CheckpointError: if the file cannot be read, or is not that network's tower.
@@ -63,12 +72,19 @@ def read_audio(path: str, config: VLlama2Config, dtype, progress=None) -> dict:
         found = dataclasses.replace(beats_config(settings, path), seconds=config.audio.seconds)
         _check_same(path, "audio tower", found, config.audio)
     params = read_params(
-        source, config, path, dtype, scan_layers=True, part="audio", progress=progress
+        source,
+        config,
+        path,
+        dtype,
+        scan_layers=True,
+        part="audio",
+        progress=progress,
+        layout=layout,
     )
     return params["audio"]
 
 
-def read_decoder(name: str, config: VLlama2Config, dtype, progress=None) -> dict:
+def read_decoder(name: str, config: VLlama2Config, dtype, progress=None, layout=None) -> dict:
     """A language model's parameters.
 
     Args:
@@ -76,6 +92,7 @@ def read_decoder(name: str, config: VLlama2Config, dtype, progress=None) -> dict
       config: of the network that the language model is for.
       dtype: of the parameters.
       progress: called with (tensors read, tensors in all).
+      layout: how they are split over devices.
 
     Raises:
       CheckpointError: if the language model cannot be found, or is not that network's.
@@ -91,6 +108,7 @@ def read_decoder(name: str, config: VLlama2Config, dtype, progress=None) -> dict
         scan_layers=True,
         part="decoder",
         progress=progress,
+        layout=layout,
     )
     return params["decoder"]
 

@@ -94,6 +94,22 @@ def shardings(
     }
 
 
+def param_shardings(
+    layout: Layout | None, config: VLlama2Config, leaves: Mapping, **kwargs
+) -> dict[str, NamedSharding | None]:
+    """Where each parameter of a network lies; None for each without a layout.
+
+    Args:
+      layout: the mesh and its rules.
+      config: of the network.
+      leaves: {path: array or shape} of parameters of it, all or some.
+      **kwargs: of `param_axes`.
+    """
+    if layout is None:
+        return dict.fromkeys(leaves)
+    return shardings(layout, leaves, param_axes(config, **kwargs))
+
+
 def whole(layout: Layout) -> NamedSharding:
     """Where an array lies that every device holds whole."""
     return NamedSharding(layout.mesh, PartitionSpec())

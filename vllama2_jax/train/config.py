@@ -10,6 +10,7 @@ import re
 from vllama2_jax.data.examples import STYLES
 from vllama2_jax.models.config import config_from_dict
 from vllama2_jax.models.remat import REMAT_POLICIES
+from vllama2_jax.parallel.mesh import MeshConfig
 from vllama2_jax.train.loss import LossConfig
 from vllama2_jax.train.optimizer import OptimizerConfig
 from vllama2_jax.train.step import AVERAGES
@@ -231,6 +232,7 @@ class TrainConfig:
       remat: recomputation policy (`models/remat.py`).
       validation: held-out records.
       save: checkpoints.
+      mesh: how a step is laid out over several devices; another one may continue a run.
       layer_drop: probability with which a step leaves out a layer of the audio tower, frozen or
         not, as in the original; None is the tower's own (0.05 of BEATs).
       seed: of new parameters and of every order.
@@ -251,6 +253,7 @@ class TrainConfig:
     remat: str = "none"
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     layer_drop: float | None = None
     seed: int = 42
 
@@ -273,8 +276,9 @@ class TrainConfig:
             raise ValueError(f"layer_drop {self.layer_drop} must be at least 0 and below 1")
 
 
-# What may differ when a run is continued: it changes no number that the run computes.
-_FREE = re.compile(r"data\.(workers|max_faults|sources\.\d+\.frames)|save\.\w+")
+# What may differ when a run is continued: it changes no number that the run computes, or, as the
+# order of sums over devices, only their rounding.
+_FREE = re.compile(r"data\.(workers|max_faults|sources\.\d+\.frames)|(save|mesh)\..+")
 
 
 def to_json(config: TrainConfig) -> dict:

@@ -21,7 +21,9 @@ from vllama2_jax.data.schedule import Schedule
 from vllama2_jax.data.sources import open_source
 from vllama2_jax.data.toybox.source import ToyboxListener, ToyboxReader, ToyboxSource
 from vllama2_jax.media import Limits
+from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.vllama2 import Batch
+from vllama2_jax.parallel.placing import place_batch, row_share
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, choose_template
 from vllama2_jax.train.config import DataConfig, SourceConfig, ToyboxConfig, ValidationConfig
@@ -38,22 +40,26 @@ class Feeding(NamedTuple):
       feed: their batches.
       datasets: names that `Batch.dataset_ids` numbers.
       fingerprints: {source's name: sha256} of the records that are read.
+      layout: how batches are split over devices; None is the default device alone.
     """
 
     schedule: Schedule
     feed: Feed
     datasets: tuple[str, ...]
     fingerprints: dict[str, str]
+    layout: Layout | None = None
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """Batches on the device, from step `start` on."""
+        """Batches on the devices, from step `start` on; of several processes each reads a share."""
+        rows = self.schedule.rows
         for host in self.feed.batches(start):
-            yield jax.device_put(Batch(**host.arrays))
+            batch = Batch(**host.arrays)
+            yield place_batch(self.layout, batch, rows) if self.layout else jax.device_put(batch)
 
     def record_ids(self, step: int) -> list[str]:
         """Ids of a step's records, read again."""
-        batch = self.feed.assembler(self.schedule[step])
-        return [id for row in batch.records for id in row]
+        whole = dataclasses.replace(self.feed.assembler, host=0, hosts=1)
+        return [id for row in whole(self.schedule[step]).records for id in row]
 
 
 class _Records(NamedTuple):
@@ -78,6 +84,7 @@ def make_feeding(
     steps: int | None = None,
     held_out: ValidationConfig | None = None,
     layer_drop: float | None = None,
+    layout: Layout | None = None,
 ) -> Feeding:
     """Open the sources, index them, and plan every step.
 
@@ -91,6 +98,7 @@ def make_feeding(
       epochs, steps: how long, one of them.
       held_out: read these sources instead, each once and in this process.
       layer_drop: of the audio tower, which validation never has; None is the tower's own.
+      layout: how batches are split over devices and processes.
 
     Raises:
       ValueError: if the data cannot be read, or the configuration cannot be meant.
@@ -149,7 +157,10 @@ def make_feeding(
         num_steps=steps,
         window=_window(mixture.round_length, rows),
     )
+    host, hosts = row_share(layout.sharding(("batch",), (rows,)), rows) if layout else (0, 1)
     assembler = Assembler(
+        host=host,
+        hosts=hosts,
         sources=tuple(records.source for records in opened),
         record_format=form,
         readers=tuple(records.reader for records in opened),
@@ -166,7 +177,7 @@ def make_feeding(
     fingerprints = {
         source.name: records.fingerprint for source, records in zip(sources, opened, strict=True)
     }
-    return Feeding(schedule, feed, names, fingerprints)
+    return Feeding(schedule, feed, names, fingerprints, layout)
 
 
 def _hearing(card, opened, max_sounds: int, layer_drop: float | None, seed: int) -> Hearing | None:

@@ -30,7 +30,8 @@ def run_steps(
     examine: Callable[[int, TrainState], dict] | None = None,
     keep: Callable[[TrainState, dict], None] | None = None,
     due: Callable[[int], bool] = lambda number: False,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[int], bool] = lambda number: False,
+    quiet: bool = False,
 ) -> TrainState:
     """Take `num_steps` steps, or fewer when told to stop.
 
@@ -53,7 +54,8 @@ def run_steps(
       keep: called with the state and the step's numbers where something is due, after `log`, so
         that what is logged is never behind what is kept.
       due: whether `examine` and `keep` are called behind a step; they are behind the last.
-      stop: asked after each step; once true, that step was the last.
+      stop: called with each step that has begun; once true, that step is the last.
+      quiet: show no bar, as all processes but one.
 
     Returns:
       The state behind the last step taken.
@@ -103,7 +105,7 @@ def run_steps(
             ),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             console=console,
-            disable=not console.is_terminal,
+            disable=quiet or not console.is_terminal,
         ) as bar,
     ):
         task = bar.add_task(label, total=num_steps, loss=float("nan"), words="")
@@ -120,7 +122,7 @@ def run_steps(
             else:
                 dispatch = 0.0  # the clock has not been read since
             unread = (number, metrics, dispatch)
-            stopping = stop()
+            stopping = stop(number)
             if stopping or number == last or due(number):
                 record, unread = read(*unread), None
                 if examine:

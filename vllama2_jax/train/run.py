@@ -14,15 +14,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
 from vllama2_jax.checkpoints import ModelCard
 from vllama2_jax.checkpoints.run import RunCheckpoints
-from vllama2_jax.checkpoints.store import float_dtype, place
+from vllama2_jax.checkpoints.store import float_dtype
+from vllama2_jax.checkpoints.store import place as folder_of
+from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.vllama2 import VLlama2
+from vllama2_jax.parallel import hosts
+from vllama2_jax.parallel.mesh import make_layout
+from vllama2_jax.parallel.sharding import param_axes
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
-from vllama2_jax.train.config import TrainConfig
+from vllama2_jax.train.config import TrainConfig, to_json
 from vllama2_jax.train.curves import draw_curves
 from vllama2_jax.train.feeding import Feeding, make_feeding
 from vllama2_jax.train.journal import Journal
@@ -41,9 +47,11 @@ from vllama2_jax.train.run_folder import (
     write_faults,
 )
 from vllama2_jax.train.start import begin, describe_start, prepare
-from vllama2_jax.train.step import TrainState, init_state, make_step
+from vllama2_jax.train.step import TrainState, init_state, make_step, state_shardings
 from vllama2_jax.train.trainable import combine, parameter_table
 from vllama2_jax.train.validation import Validation
+
+_DAY = 86_400.0
 
 
 class Outcome(NamedTuple):
@@ -75,14 +83,20 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
       ValueError: if the configuration or the data cannot be used.
       FloatingPointError: if a loss or gradient is not finite.
     """
-    out, console = place(out), Console(stderr=True)
-    _check_devices(console)
-    with locked(out):
-        claim(out, config)
+    hosts.join()
+    # What people read is said once, by the first process.
+    out, console = folder_of(out), Console(stderr=True, quiet=not hosts.is_first())
+    layout = layout_of(config, jax.devices())
+    if layout:
+        console.print(f"mesh: {in_words_of(layout)}", highlight=False)
+    with locked(out) if hosts.is_first() else contextlib.nullcontext():
+        hosts.first_does("claim", lambda: claim(out, config))
         # The data first: what is wrong with them is seen sooner than weights are read.
         card, tokenizer_folder = describe_start(config.start)
         tokenizer = load_tokenizer(tokenizer_folder)
         card = trained_card(card, config, tokenizer)
+        if not hosts.is_first():
+            hosts.barrier("indexed", _DAY)  # one counts the records' lengths, the others read them
         feeding = make_feeding(
             config.data,
             card,
@@ -93,18 +107,23 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             epochs=config.epochs,
             steps=config.steps,
             layer_drop=config.layer_drop,
+            layout=layout,
         )
+        if hosts.is_first():
+            hosts.barrier("indexed", _DAY)
+        hosts.agree("run", _identity(config, feeding))
         validation = None
         if config.validation.sources:
-            validation = Validation(config, card, tokenizer, out / INDEX)
+            validation = Validation(config, card, tokenizer, out / INDEX, layout)
         with bar("reading", unit="tensors") as progress:
-            params, _, _ = begin(config.start, None, config.seed, progress)
-        dtype = float_dtype(config.dtype)
-        prepared = prepare(params, config.start, config.rules, dtype, config.seed)
+            params, _, _ = begin(config.start, None, config.seed, progress, layout)
+        dtype, named = float_dtype(config.dtype), layout and param_axes(card.config)
+        prepared = prepare(params, config.start, config.rules, dtype, config.seed, named, layout)
         frozen, assigned = prepared.frozen, prepared.assigned
         console.print(parameter_table(combine(prepared.trainable, frozen), assigned))
         files = tokenizer_files(tokenizer_folder)
-        introduce(out, config, card, files, prepared.reference, feeding.fingerprints)
+        known = (config, card, files, prepared.reference, feeding.fingerprints)
+        hosts.first_does("introduce", lambda: introduce(out, *known))
         report = StepReport(config, card.config, feeding, assigned, prepared.trainable)
         optimizer = make_optimizer(config.optimizer, len(feeding.schedule), assigned)
         with contextlib.ExitStack() as stack:
@@ -114,15 +133,12 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             )
             trainable = prepared.trainable
             del params, prepared
-            # Orbax gives arrays that are bound to a device; were some others not, the step would be
-            # compiled once for them and once more for its own results.
-            state = jax.device_put(
-                _first_state(checkpoints, trainable, optimizer), jax.local_devices()[0]
-            )
+            where = state_shardings(layout, optimizer, trainable) if layout else None
+            state = _first_state(checkpoints, trainable, optimizer, where)
             del trainable
             if state.step:
                 console.print(f"going on behind step {state.step} of {len(feeding.schedule)}")
-            journal = stack.enter_context(contextlib.closing(Journal(out)))
+            journal = stack.enter_context(contextlib.closing(Journal(out, jax.process_index())))
             log = stack.enter_context(MetricsLog(journal.folder, restored_step=int(state.step)))
             course = _Course(
                 config=config,
@@ -140,39 +156,79 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             )
             del frozen
             try:
-                state = course.run(make_run_step(config, card, feeding, optimizer), state)
+                step = make_run_step(config, card, feeding.datasets, optimizer, layout, where)
+                state = course.run(step, state)
                 checkpoints.wait()
             finally:  # what went wrong is seen best in them
                 course.write_faults()
-                if read_metrics(journal.folder):
+                if hosts.is_first() and read_metrics(journal.folder):
                     draw_curves(journal.folder)
-        return Outcome(
-            int(state.step), len(feeding.schedule), course.stop.received, len(course.faults())
-        )
+            hosts.barrier("done")
+        taken, steps = int(state.step), len(feeding.schedule)
+        # Another process may have been told, and this one agreed.
+        stopped_by = course.stop.received or (signal.SIGTERM if taken < steps else None)
+        return Outcome(taken, steps, stopped_by, len(course.faults()))
 
 
-def _check_devices(console: Console) -> None:
-    if jax.process_count() > 1:
+def layout_of(config: TrainConfig, devices) -> Layout | None:
+    """How a run is laid out over devices; None for a single one.
+
+    Raises:
+      ValueError: if the mesh does not fit the devices, or the rows of a step do not fit the mesh.
+    """
+    if len(devices) == 1:
+        config.mesh.sizes(1)
+        return None
+    layout = make_layout(config.mesh, devices)
+    parts, rows = layout.size("batch"), config.rows // config.micro_batches
+    if rows % parts:
         raise ValueError(
-            f"this version trains in one process, and there are {jax.process_count()}; start one"
+            f"{rows} rows of a {'micro-batch' if config.micro_batches > 1 else 'step'} do not "
+            f"divide over {parts} parts of the mesh ({in_words_of(layout)}); make --batch a "
+            "multiple of them, or split over tensor or sequence instead"
         )
-    if jax.device_count() > 1:
-        console.print(
-            f"this version trains on one device; {jax.device_count() - 1} of "
-            f"{jax.device_count()} stay idle"
-        )
+    return layout
 
 
-def _first_state(checkpoints: RunCheckpoints, trainable: dict, optimizer) -> TrainState:
+def in_words_of(layout: Layout) -> str:
+    """The axes of a mesh that split anything."""
+    split = [f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1]
+    return f"{', '.join(split)} over {layout.mesh.size} devices"
+
+
+def _identity(config: TrainConfig, feeding: Feeding) -> dict:
+    """What all processes must hold alike, in plain JSON."""
+    return {
+        "config": to_json(config),
+        "steps": len(feeding.schedule),
+        "data": feeding.fingerprints,
+        "devices": jax.device_count(),
+    }
+
+
+def _first_state(
+    checkpoints: RunCheckpoints, trainable: dict, optimizer, where: TrainState | None
+) -> TrainState:
     """The newest checkpoint's state, or that of before the first step; never both in memory."""
+    # Every array is bound to its place: were some not, the step would be compiled once for them and
+    # once more for its own results.
     if checkpoints.latest is None:
-        return init_state(trainable, optimizer)
+        return init_state(trainable, optimizer, where or _here())
     shapes = jax.eval_shape(lambda: init_state(trainable, optimizer))
+    if where:
+        shapes = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
+        )
     for leaf in trainable.values():  # what was trained takes the place of what it began with
         leaf.delete()
     step = checkpoints.latest
     restored = checkpoints.restore(step, shapes.trainable, shapes.optimizer)
-    return TrainState(jnp.asarray(step, jnp.int32), *restored)
+    number = jax.device_put(np.asarray(step, np.int32), where.step if where else _here())
+    return TrainState(number, *restored)
+
+
+def _here() -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def trained_card(card: ModelCard, config: TrainConfig, tokenizer: Tokenizer) -> ModelCard:
@@ -181,13 +237,22 @@ def trained_card(card: ModelCard, config: TrainConfig, tokenizer: Tokenizer) -> 
     return dataclasses.replace(card, preset=preset, tokenizer=tokenizer.fingerprint())
 
 
-def make_run_step(config: TrainConfig, card: ModelCard, feeding: Feeding, optimizer):
-    """The step of a run, of `make_step`."""
+def make_run_step(
+    config: TrainConfig,
+    card: ModelCard,
+    datasets: tuple[str, ...],
+    optimizer,
+    layout: Layout | None = None,
+    where: TrainState | None = None,
+):
+    """The step of a run, of `make_step`; `where` is of `state_shardings`."""
     dtype = float_dtype(config.dtype)
     model = VLlama2(card.config, dtype=dtype, remat=config.remat)
     return make_step(
-        functools.partial(batch_loss, model, config=config.loss, datasets=feeding.datasets),
+        functools.partial(batch_loss, model, config=config.loss, datasets=datasets),
         optimizer,
+        layout=layout,
+        shardings=where,
         micro_batches=config.micro_batches,
         average=config.average,
         compute_dtype=None if dtype == jnp.float32 else dtype,
@@ -212,6 +277,7 @@ class _Course:
     def __post_init__(self):
         self._steps = len(self.feeding.schedule)
         self._losses: list[float] = []  # since the checkpoint before
+        self._agreement, self._ending = hosts.StopAgreement(lambda: bool(self.stop)), False
 
     def run(self, step, state: TrainState) -> TrainState:
         """Take the steps that are left."""
@@ -222,6 +288,7 @@ class _Course:
             state,
             self.frozen,
             self.feeding.batches(taken),
+            quiet=not hosts.is_first(),
             label=self.config.name,
             num_steps=self._steps - taken,
             log=self._write,
@@ -231,8 +298,12 @@ class _Course:
             due=lambda number: (
                 self._saves(number) or self._validates(number) or self.window.borders(number)
             ),
-            stop=lambda: bool(self.stop),
+            stop=self._ends_behind,
         )
+
+    def _ends_behind(self, number: int) -> bool:
+        self._ending = self._ending or self._agreement(number)
+        return self._ending
 
     def _saves(self, number: int) -> bool:
         return number % self.config.save.every == 0 or number == self._steps
@@ -241,7 +312,7 @@ class _Course:
         return self.validation is not None and number % self.config.validation.every == 0
 
     def _examine(self, number: int, state: TrainState) -> dict:
-        if self.stop or self.validation is None:
+        if self._ending or self.validation is None:
             return {}  # told to stop: what matters now is to save
         if not (self._saves(number) or self._validates(number)):
             return {}
@@ -257,7 +328,7 @@ class _Course:
         return in_words(record)
 
     def _keep(self, state: TrainState, record: dict) -> None:
-        if not (self._saves(record["step"]) or self.stop):
+        if not (self._saves(record["step"]) or self._ending):
             return
         score = record.get("validation/loss")
         if self.validation is None and self._losses:  # two kinds of score cannot be compared

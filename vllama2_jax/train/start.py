@@ -18,9 +18,12 @@ from vllama2_jax.checkpoints.run import (
 )
 from vllama2_jax.checkpoints.store import TOKENIZER, flatten, float_dtype, unflatten
 from vllama2_jax.convert.parts import describe_decoder, read_audio, read_decoder, read_vision
+from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import AudioConnectorConfig, VLlama2Config, config_from_dict
 from vllama2_jax.models.vllama2 import init_params
 from vllama2_jax.models.zoo import connector_config, model_config
+from vllama2_jax.parallel.placing import place
+from vllama2_jax.parallel.sharding import param_axes, param_shardings, shardings
 from vllama2_jax.train.config import RANDOM, STORED, StartConfig
 from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.lora import adapt, merge
@@ -93,7 +96,9 @@ def _with_hearing(start: StartConfig, config: VLlama2Config) -> VLlama2Config:
     return dataclasses.replace(config, audio=other.audio, audio_connector=connector)
 
 
-def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, ModelCard, Path]:
+def begin(
+    start: StartConfig, dtype, seed: int, progress=None, layout: Layout | None = None
+) -> tuple[dict, ModelCard, Path]:
     """Read or make every part.
 
     Args:
@@ -101,6 +106,7 @@ def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, Mo
       dtype: of the parameters; None keeps the stored one, and random ones are float32.
       seed: of random ones.
       progress: called with (tensors read, tensors in all) while importing.
+      layout: how the parameters are split over devices; None is the default device alone.
 
     Returns:
       parameters, a nested dict with layers stacked; the model card; the tokenizer's directory.
@@ -113,23 +119,32 @@ def begin(start: StartConfig, dtype, seed: int, progress=None) -> tuple[dict, Mo
     parts = card.config.parts
     params, wanted = {}, {part: getattr(start, part) for part in parts}
     if STORED in wanted.values():
-        stored, *_ = read(find(start.model), dtype, scan_layers=True, progress=progress)
+        stored, *_ = read(
+            find(start.model), dtype, scan_layers=True, layout=layout, progress=progress
+        )
         params |= {part: stored[part] for part, origin in wanted.items() if origin == STORED}
         del stored
-    if wanted["vision"] not in (STORED, RANDOM):
-        params["vision"] = read_vision(wanted["vision"], card.config, dtype, progress)
-    if wanted["decoder"] not in (STORED, RANDOM):
-        params["decoder"] = read_decoder(wanted["decoder"], card.config, dtype, progress)
-    if wanted.get("audio", STORED) not in (STORED, RANDOM):
-        params["audio"] = read_audio(wanted["audio"], card.config, dtype, progress)
+    how = (card.config, dtype, progress, layout)
+    readers = {"vision": read_vision, "decoder": read_decoder, "audio": read_audio}
+    for part, read_part in readers.items():
+        if wanted.get(part, STORED) not in (STORED, RANDOM):
+            params[part] = read_part(wanted[part], *how)
     missing = [part for part in parts if part not in params]
     if missing:
-        params |= random_parts(card.config, missing, seed, dtype, narrow=start.narrow)
+        params |= random_parts(
+            card.config, missing, seed, dtype, narrow=start.narrow, layout=layout
+        )
     return params, card, tokenizer
 
 
 def random_parts(
-    config: VLlama2Config, parts: list[str], seed: int, dtype, *, narrow: bool = False
+    config: VLlama2Config,
+    parts: list[str],
+    seed: int,
+    dtype,
+    *,
+    narrow: bool = False,
+    layout: Layout | None = None,
 ) -> dict:
     """New parameters of some parts, {part: nested dict}; the others are never made.
 
@@ -139,6 +154,7 @@ def random_parts(
       seed: decides them.
       dtype: of the parameters; None is float32.
       narrow: see `StartConfig`.
+      layout: how they are split over devices; each device then makes its own share.
     """
 
     def make():
@@ -148,7 +164,10 @@ def random_parts(
             params = nn.meta.unbox(init_params(config, jax.random.key(seed)))
         return jax.tree.map(lambda x: x.astype(dtype or x.dtype), {p: params[p] for p in parts})
 
-    return jax.jit(make)()
+    if layout is None:
+        return jax.jit(make)()
+    where = param_shardings(layout, config, flatten(jax.eval_shape(make)))
+    return jax.jit(make, out_shardings=unflatten(where))()
 
 
 class Prepared(NamedTuple):
@@ -169,7 +188,13 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    params: dict, start: StartConfig, rules: tuple[Rule, ...], dtype, seed: int
+    params: dict,
+    start: StartConfig,
+    rules: tuple[Rule, ...],
+    dtype,
+    seed: int,
+    named: dict[str, tuple[str, ...]] | None = None,
+    layout: Layout | None = None,
 ) -> Prepared:
     """Put adapters where rules want them, and part what trains from what does not.
 
@@ -179,6 +204,8 @@ def prepare(
       rules: what trains.
       dtype: of what is frozen, before it is quantised.
       seed: of new adapters.
+      named: of `parallel.sharding.param_axes`, where there is a layout.
+      layout: how arrays are split over devices.
 
     Raises:
       ValueError: as `assign_rules` and `adapt` do.
@@ -192,11 +219,16 @@ def prepare(
     made = tuple(f"{part}/" for part in parts if getattr(start, part) == RANDOM)
     reference = fingerprints({p: flat[p] for p in sorted(kept) if not p.startswith(made)})
     params = adapt(unflatten(flat), rules, jax.random.key(seed))
+    if layout:
+        flat = flatten(params)
+        params = unflatten(place(flat, shardings(layout, flat, named)))
     assigned = assign_rules(rules, params)
     return Prepared(*partition(params, assigned), assigned, reference)
 
 
-def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]:
+def read_run(
+    folder: Path, dtype, progress=None, layout: Layout | None = None
+) -> tuple[dict, ModelCard, Path]:
     """The newest weights of a run, as `weights.read` gives those of other models.
 
     Adapters are merged into the kernels that they adapt.
@@ -213,12 +245,14 @@ def read_run(folder: Path, dtype, progress=None) -> tuple[dict, ModelCard, Path]
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest is None:
             raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
-    params, _, _ = begin(start, None, run.seed, progress)
-    prepared = prepare(params, start, rules, float_dtype(run.dtype), run.seed)
+    params, card, _ = begin(start, None, run.seed, progress, layout)
+    named = layout and param_axes(card.config)
+    prepared = prepare(params, start, rules, float_dtype(run.dtype), run.seed, named, layout)
     check_frozen(folder, run.frozen, prepared.reference)
     frozen = prepared.frozen
     shapes = {
-        path: jax.ShapeDtypeStruct(x.shape, "float32") for path, x in prepared.trainable.items()
+        path: jax.ShapeDtypeStruct(x.shape, "float32", sharding=layout and x.sharding)
+        for path, x in prepared.trainable.items()
     }
     del params, prepared  # what was trained takes the place of what it began with
     with RunCheckpoints(folder, read_only=True) as checkpoints:

@@ -7,9 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vllama2_jax.models.axes import Layout, using
+from vllama2_jax.parallel.sharding import optimizer_shardings, whole
 from vllama2_jax.train.loss import LossSums, reciprocal
 from vllama2_jax.train.trainable import combine
 
@@ -31,14 +31,42 @@ class TrainState:
     optimizer: optax.OptState
 
 
-def init_state(trainable: dict[str, jax.Array], optimizer) -> TrainState:
+def init_state(trainable: dict[str, jax.Array], optimizer, where=None) -> TrainState:
     """State before the first step.
 
     The arrays are copied, since a step consumes its state, and widened to float32: in bfloat16 an
     update of less than 1/512 of a parameter would be rounded away, and learning rates are smaller.
+
+    Args:
+      trainable: {path: array} of what trains.
+      optimizer: of `make_optimizer`.
+      where: of `state_shardings`, or one sharding for all; None stays where the arrays are.
     """
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+    def make(trainable):
+        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+    return make(trainable) if where is None else jax.jit(make, out_shardings=where)(trainable)
+
+
+def state_shardings(layout: Layout, optimizer, trainable: dict) -> TrainState:
+    """Where a state lies: what belongs to a parameter where that lies, all else everywhere.
+
+    Args:
+      layout: the mesh and its rules.
+      optimizer: of `make_optimizer`.
+      trainable: {path: array, or shape with its sharding}.
+    """
+    shapes = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+        for path, leaf in trainable.items()
+    }
+    return TrainState(
+        whole(layout),
+        {path: leaf.sharding for path, leaf in shapes.items()},
+        optimizer_shardings(layout, optimizer, shapes),
+    )
 
 
 def loss_and_gradients(
@@ -166,8 +194,7 @@ def make_step(
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole(layout)))
 
 
 def _norms(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:

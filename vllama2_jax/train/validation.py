@@ -14,7 +14,9 @@ from vllama2_jax.data.assemble import Fault
 from vllama2_jax.data.records import Record
 from vllama2_jax.infer.media import ReadMedia
 from vllama2_jax.infer.model import Model
+from vllama2_jax.models.axes import Layout, using
 from vllama2_jax.models.vllama2 import VLlama2
+from vllama2_jax.parallel.sharding import whole
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer
 from vllama2_jax.train.config import TrainConfig
@@ -34,6 +36,7 @@ class Validation:
         card: ModelCard,
         tokenizer: Tokenizer,
         index_folder: str | os.PathLike,
+        layout: Layout | None = None,
     ):
         """Open the records and plan their batches, of the shapes that a micro-batch has.
 
@@ -42,6 +45,7 @@ class Validation:
           card: of the model that is trained.
           tokenizer: of the model.
           index_folder: see `make_feeding`.
+          layout: how the run is laid out over devices.
         """
         self._config, self._card, self._tokenizer = config, card, tokenizer
         self._dtype = float_dtype(config.dtype)
@@ -53,6 +57,7 @@ class Validation:
             seed=0,
             index_folder=index_folder,
             held_out=config.validation,
+            layout=layout,
         )
         loss = functools.partial(
             batch_loss,
@@ -60,8 +65,10 @@ class Validation:
             config=config.loss,
             datasets=self._feeding.datasets,
         )
+        self._layout = layout
         self._sums = jax.jit(
-            lambda trainable, frozen, batch: self._evaluate(loss, trainable, frozen, batch)
+            lambda trainable, frozen, batch: self._evaluate(loss, trainable, frozen, batch),
+            out_shardings=whole(layout) if layout else None,
         )
         self._model: Model | None = None
 
@@ -72,7 +79,8 @@ class Validation:
 
     def _evaluate(self, loss, trainable: dict, frozen: dict, batch) -> LossSums:
         narrow = {path: leaf.astype(self._dtype) for path, leaf in trainable.items()}
-        return loss(combine(narrow, frozen), batch)
+        with using(self._layout):
+            return loss(combine(narrow, frozen), batch)
 
     def __call__(self, trainable: dict, frozen: dict) -> dict[str, float]:
         """`validation/loss`, `validation/loss/<dataset>`, and `accuracy/<kind>` where asked for.
