@@ -61,7 +61,7 @@ def recipe(config, params, card, tokenizer, folder):
         index_folder=folder,
         steps=_BATCHES,
     )
-    step = make_run_step(config, card, feeding.datasets, optimizer)
+    step = make_run_step(config, card.config, feeding.datasets, optimizer)
     state = init_state(prepared.trainable, optimizer)
     return step, state, prepared.frozen, feeding.batches(0)
 

@@ -18,7 +18,7 @@ _MINUTE = 60.0
 _HEARTBEAT_SECONDS = 100
 
 
-class HostsError(RuntimeError):
+class HostsError(ValueError):
     """Processes of one run that do not fit each other, or that do not answer."""
 
 

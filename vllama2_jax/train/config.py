@@ -228,7 +228,9 @@ class TrainConfig:
       average: of micro-batches, see `make_step`.
       epochs: how often the mixture is read; None where `steps` says when to stop.
       steps: how many to take, instead.
-      dtype: of activations and frozen parameters; what trains is float32.
+      dtype: of activations and frozen parameters.
+      masters: dtype of what trains and of its moments. "bfloat16" is for comparisons: an update of
+        less than 1/512 of a parameter is lost in it.
       remat: recomputation policy (`models/remat.py`).
       validation: held-out records.
       save: checkpoints.
@@ -250,6 +252,7 @@ class TrainConfig:
     epochs: int | None = 1
     steps: int | None = None
     dtype: str = "bfloat16"
+    masters: str = "float32"
     remat: str = "none"
     validation: ValidationConfig = ValidationConfig()
     save: SaveConfig = SaveConfig()
@@ -266,7 +269,8 @@ class TrainConfig:
                 "choose a number that divides them"
             )
         _check_known("average", self.average, AVERAGES)
-        _check_known("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("dtype", "masters"):
+            _check_known(name, getattr(self, name), ("float32", "bfloat16"))
         _check_least(0, "", self, "seed")
         _check_known("remat", self.remat, tuple(REMAT_POLICIES))
         if (self.steps is None) == (self.epochs is None):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 from rich.console import Console
@@ -22,6 +21,7 @@ from vllama2_jax.checkpoints.run import RunCheckpoints
 from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.checkpoints.store import place as folder_of
 from vllama2_jax.models.axes import Layout
+from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.parallel import hosts
 from vllama2_jax.parallel.mesh import make_layout
@@ -134,7 +134,7 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             trainable = prepared.trainable
             del params, prepared
             where = state_shardings(layout, optimizer, trainable) if layout else None
-            state = _first_state(checkpoints, trainable, optimizer, where)
+            state = _first_state(checkpoints, trainable, optimizer, where, config.masters)
             del trainable
             if state.step:
                 console.print(f"going on behind step {state.step} of {len(feeding.schedule)}")
@@ -156,7 +156,9 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
             )
             del frozen
             try:
-                step = make_run_step(config, card, feeding.datasets, optimizer, layout, where)
+                step = make_run_step(
+                    config, card.config, feeding.datasets, optimizer, layout, where
+                )
                 state = course.run(step, state)
                 checkpoints.wait()
             finally:  # what went wrong is seen best in them
@@ -174,12 +176,22 @@ def layout_of(config: TrainConfig, devices) -> Layout | None:
     """How a run is laid out over devices; None for a single one.
 
     Raises:
-      ValueError: if the mesh does not fit the devices, or the rows of a step do not fit the mesh.
+      ValueError: if the mesh does not fit the devices, or a step's rows do not fit the mesh.
     """
     if len(devices) == 1:
         config.mesh.sizes(1)
         return None
     layout = make_layout(config.mesh, devices)
+    check_rows(config, layout)
+    return layout
+
+
+def check_rows(config: TrainConfig, layout: Layout) -> None:
+    """Refuse a step whose rows do not divide over the mesh.
+
+    Raises:
+      ValueError: saying what would do.
+    """
     parts, rows = layout.size("batch"), config.rows // config.micro_batches
     if rows % parts:
         raise ValueError(
@@ -187,7 +199,6 @@ def layout_of(config: TrainConfig, devices) -> Layout | None:
             f"divide over {parts} parts of the mesh ({in_words_of(layout)}); make --batch a "
             "multiple of them, or split over tensor or sequence instead"
         )
-    return layout
 
 
 def in_words_of(layout: Layout) -> str:
@@ -207,14 +218,14 @@ def _identity(config: TrainConfig, feeding: Feeding) -> dict:
 
 
 def _first_state(
-    checkpoints: RunCheckpoints, trainable: dict, optimizer, where: TrainState | None
+    checkpoints: RunCheckpoints, trainable: dict, optimizer, where: TrainState | None, dtype
 ) -> TrainState:
     """The newest checkpoint's state, or that of before the first step; never both in memory."""
     # Every array is bound to its place: were some not, the step would be compiled once for them and
     # once more for its own results.
     if checkpoints.latest is None:
-        return init_state(trainable, optimizer, where or _here())
-    shapes = jax.eval_shape(lambda: init_state(trainable, optimizer))
+        return init_state(trainable, optimizer, where or _here(), dtype)
+    shapes = jax.eval_shape(lambda: init_state(trainable, optimizer, None, dtype))
     if where:
         shapes = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, where
@@ -239,7 +250,7 @@ def trained_card(card: ModelCard, config: TrainConfig, tokenizer: Tokenizer) -> 
 
 def make_run_step(
     config: TrainConfig,
-    card: ModelCard,
+    network: VLlama2Config,
     datasets: tuple[str, ...],
     optimizer,
     layout: Layout | None = None,
@@ -247,7 +258,7 @@ def make_run_step(
 ):
     """The step of a run, of `make_step`; `where` is of `state_shardings`."""
     dtype = float_dtype(config.dtype)
-    model = VLlama2(card.config, dtype=dtype, remat=config.remat)
+    model = VLlama2(network, dtype=dtype, remat=config.remat)
     return make_step(
         functools.partial(batch_loss, model, config=config.loss, datasets=datasets),
         optimizer,
@@ -255,7 +266,7 @@ def make_run_step(
         shardings=where,
         micro_batches=config.micro_batches,
         average=config.average,
-        compute_dtype=None if dtype == jnp.float32 else dtype,
+        compute_dtype=None if config.dtype == config.masters else dtype,
     )
 
 

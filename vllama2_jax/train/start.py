@@ -245,13 +245,14 @@ def read_run(
     with RunCheckpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest is None:
             raise CheckpointError(f"{folder}: the run has no checkpoint yet; train on")
+        stored = checkpoints.stored(checkpoints.latest)
     params, card, _ = begin(start, None, run.seed, progress, layout)
     named = layout and param_axes(card.config)
     prepared = prepare(params, start, rules, float_dtype(run.dtype), run.seed, named, layout)
     check_frozen(folder, run.frozen, prepared.reference)
     frozen = prepared.frozen
     shapes = {
-        path: jax.ShapeDtypeStruct(x.shape, "float32", sharding=layout and x.sharding)
+        path: jax.ShapeDtypeStruct(x.shape, stored[path].dtype, sharding=layout and x.sharding)
         for path, x in prepared.trainable.items()
     }
     del params, prepared  # what was trained takes the place of what it began with

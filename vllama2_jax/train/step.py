@@ -22,7 +22,7 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, steps taken.
-      trainable: {path: float32 array}, the master copies of what trains.
+      trainable: {path: array}, the master copies of what trains, float32 or bfloat16.
       optimizer: the optimizer's state; it covers `trainable` and nothing else.
     """
 
@@ -31,20 +31,24 @@ class TrainState:
     optimizer: optax.OptState
 
 
-def init_state(trainable: dict[str, jax.Array], optimizer, where=None) -> TrainState:
+def init_state(
+    trainable: dict[str, jax.Array], optimizer, where=None, dtype=jnp.float32
+) -> TrainState:
     """State before the first step.
 
     The arrays are copied, since a step consumes its state, and widened to float32: in bfloat16 an
     update of less than 1/512 of a parameter would be rounded away, and learning rates are smaller.
+    Moments have the dtype of their parameter.
 
     Args:
       trainable: {path: array} of what trains.
       optimizer: of `make_optimizer`.
       where: of `state_shardings`, or one sharding for all; None stays where the arrays are.
+      dtype: of the master copies.
     """
 
     def make(trainable):
-        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, dtype), trainable)
         return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
     return make(trainable) if where is None else jax.jit(make, out_shardings=where)(trainable)
@@ -79,7 +83,9 @@ def loss_and_gradients(
     average: str = "tokens",
     compute_dtype=None,
 ) -> tuple[LossSums, dict[str, jax.Array]]:
-    """(mean loss, {path: float32 gradient of it}); what is frozen is not differentiated.
+    """(mean loss, {path: gradient of it}); what is frozen is not differentiated.
+
+    Gradients have the dtype of the master copies; those of micro-batches add up in float32.
 
     Args:
       loss, micro_batches, average, compute_dtype: of `make_step`.
@@ -91,6 +97,7 @@ def loss_and_gradients(
     """
     if average not in AVERAGES:
         raise ValueError(f"unknown average {average!r}; known: {', '.join(AVERAGES)}")
+    dtypes = {path: leaf.dtype for path, leaf in trainable.items()}
     if compute_dtype is not None:
         trainable = {path: leaf.astype(compute_dtype) for path, leaf in trainable.items()}
 
@@ -104,7 +111,9 @@ def loss_and_gradients(
 
     def evaluate(part):
         gradients, sums = jax.grad(objective, has_aux=True)(trainable, part)
-        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        if micro_batches > 1:
+            return sums, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        return sums, {path: g.astype(dtypes[path]) for path, g in gradients.items()}
 
     if micro_batches == 1:
         sums, gradients = evaluate(batch)
@@ -116,7 +125,8 @@ def loss_and_gradients(
             lambda so_far, part: (jax.tree.map(jnp.add, so_far, evaluate(part)), None), zeros, parts
         )
     scale = reciprocal(sums.weight)
-    return sums.mean(), {path: gradient * scale for path, gradient in gradients.items()}
+    gradients = {path: (g * scale).astype(dtypes[path]) for path, g in gradients.items()}
+    return sums.mean(), gradients
 
 
 def _split(batch, count: int):
