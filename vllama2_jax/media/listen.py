@@ -2,11 +2,18 @@
 
 import random
 
+import ml_dtypes
 import numpy as np
 
 from vllama2_jax.media.audio import AudioFile
 from vllama2_jax.media.errors import Limits, MediaError
-from vllama2_jax.media.fbank import SAMPLE_RATE, filter_bank
+from vllama2_jax.media.fbank import (
+    SAMPLE_RATE,
+    filter_bank,
+    num_begun,
+    num_frames,
+    num_samples,
+)
 from vllama2_jax.media.preset import SoundPreset
 from vllama2_jax.media.waveform import fit, piece_bounds, resample
 
@@ -21,8 +28,8 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
       limits: bounds.
 
     Returns:
-      {"heard": stretches of the track in seconds, "seconds": its length} and the filter bank,
-      float32 [frames, 128].
+      {"heard": stretches of the track in seconds, "seconds": its length} and the filter bank up to
+      the last sound, [frames, 128] of float32, or of bfloat16 in uint16 where the rules round.
     """
     rules = SoundPreset(**request["rules"])
     start, end = request["start"], request["end"]
@@ -45,7 +52,11 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
             samples = file.mixed(start, end)
     if not len(samples):
         raise MediaError(file.path, "its sound gives no samples", "make the file again")
-    bank = filter_bank(fit(samples, wanted))
+    # Silence behind the sound is the same everywhere; who asks fills it in.
+    frames = min(num_frames(wanted), num_begun(len(samples)))
+    bank = filter_bank(fit(samples, num_samples(frames)))
+    if rules.bfloat16:
+        bank = bank.astype(ml_dtypes.bfloat16).view(np.uint16)
     return {"heard": heard, "seconds": file.seconds}, bank
 
 
