@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from av.filter import Graph
 
 from vllama2_jax.media.container import cut_short
 from vllama2_jax.media.errors import Limits, MediaError
@@ -236,7 +237,21 @@ class _Mixer:
     def __init__(self, form: tuple):
         """A mixer of frames of one `_form`; a track may change it, as broadcasts do."""
         self.form = form
-        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        kind, layout, rate = form
+        self._graph = Graph()
+        self._graph.threads = 1  # it would start others, for which there is nothing to do
+        self._source = self._graph.add(
+            "abuffer",
+            sample_fmt=kind,
+            channel_layout=layout,
+            sample_rate=str(rate),
+            time_base=f"1/{rate}",
+        )
+        mixed = self._graph.add(
+            "aformat", sample_fmts="s16", channel_layouts="mono", sample_rates=str(SAMPLE_RATE)
+        )
+        self._sink = self._graph.add("abuffersink")
+        self._graph.link_nodes(self._source, mixed, self._sink).configure()
         self._waiting = av.AudioFifo()
 
     def add(self, frame: av.AudioFrame) -> list[np.ndarray]:
@@ -245,15 +260,24 @@ class _Mixer:
         self._waiting.write(frame)
         if self._waiting.samples < _BLOCK:
             return []
-        return self._resampled(self._waiting.read_many(_BLOCK))
+        self._source.push(self._waiting.read())
+        return self._next()
 
     def end(self) -> list[np.ndarray]:
         """The rest."""
-        rest = [self._waiting.read()] if self._waiting.samples else []
-        return self._resampled([*rest, None])
+        if self._waiting.samples:
+            self._source.push(self._waiting.read())
+        self._source.push(None)
+        rest = []
+        while made := self._next():
+            rest += made
+        return rest
 
-    def _resampled(self, blocks) -> list[np.ndarray]:
-        return [made.to_ndarray()[0] for b in blocks for made in self._resampler.resample(b)]
+    def _next(self) -> list[np.ndarray]:
+        try:
+            return [self._sink.pull().to_ndarray()[0]]
+        except (BlockingIOError, EOFError):  # it waits for more, or has given all
+            return []
 
 
 def _form(frame: av.AudioFrame) -> tuple:

@@ -33,11 +33,11 @@ def num_samples(frames: int) -> int:
 
 
 def num_begun(samples: int) -> int:
-    """Windows that begin inside so many samples; with silence behind these, the rest are silent."""
+    """Windows that begin inside so many samples; those behind them hold none."""
     return -(-samples // _HOP)
 
 
-def filter_bank(samples: np.ndarray) -> np.ndarray:
+def filter_bank(samples: np.ndarray, frames: int | None = None) -> np.ndarray:
     """Log energies of 128 mel bands, one row every 10 ms.
 
     The transform is computed in float64, whatever the samples are: bands beside a pure tone hold a
@@ -45,23 +45,25 @@ def filter_bank(samples: np.ndarray) -> np.ndarray:
 
     Args:
       samples: float32 or float64 [n], mono, at 16 kHz, within [-1, 1].
+      frames: rows to give, with silence behind the samples; by default `num_frames(n)`.
 
     Returns:
-      float32 [num_frames(n), 128]; digital silence is `SILENCE` throughout.
+      float32 [frames, 128]; digital silence is `SILENCE` throughout.
 
     Raises:
       ValueError: for samples of another form.
     """
     if samples.ndim != 1 or samples.dtype not in (np.float32, np.float64):
         raise ValueError(f"samples are {samples.dtype} {samples.shape}, not float32 [n]")
-    out = np.empty((num_frames(len(samples)), NUM_BINS), np.float32)
-    block = _Block(min(_BLOCK, len(out)))
+    frames = num_frames(len(samples)) if frames is None else frames
+    out = np.empty((frames, NUM_BINS), np.float32)
+    block = _Block(min(_BLOCK, frames))
     with np.errstate():  # which ends the setting below
         # NumPy would copy windows into a buffer of its own until that is full, which takes longer
         # than the sums; into one as short as this it copies none.
         np.setbufsize(_FFT)
         # Block by block from the samples on: whole signals would go through memory at every step.
-        for begin in range(0, len(out), _BLOCK):
+        for begin in range(0, frames, _BLOCK):
             bank = out[begin : begin + _BLOCK]
             part = samples[begin * _HOP : begin * _HOP + num_samples(len(bank))]
             if part.any():
@@ -76,6 +78,7 @@ class _Block:
 
     def __init__(self, rows: int):
         """For so many windows at most."""
+        self._signal = np.empty(num_samples(rows))
         self._padded = np.zeros((rows, _FFT))
         self._spectrum = np.empty((rows, _FFT // 2 + 1), np.complex128)
         self._squares = np.empty((rows, _FFT + 2), np.float32)
@@ -85,18 +88,18 @@ class _Block:
 
         Args:
           bank: float32 [rows, 128], written.
-          samples: float32 or float64 [num_samples(rows)].
+          samples: float32 or float64, `num_samples(rows)` or fewer, with silence behind them.
         """
         rows = len(bank)
         padded, spectrum, squares = self._padded[:rows], self._spectrum[:rows], self._squares[:rows]
-        inside = padded[:, :_WINDOW]
-        samples = samples.astype(np.float64)
+        inside, signal = padded[:, :_WINDOW], self._signal[: num_samples(rows)]
+        signal[: len(samples)], signal[len(samples) :] = samples, 0
         # Each window's first sample is weighed with zero, so that what stands in front of it, by
         # which pre-emphasis could differ from window to window, is of no account.
-        sharp = _PREEMPHASIS * samples
-        np.subtract(samples[1:], sharp[:-1], out=sharp[1:])
+        sharp = _PREEMPHASIS * signal
+        np.subtract(signal[1:], sharp[:-1], out=sharp[1:])
         # Kaldi takes the mean away first; pre-emphasis leaves this much of it.
-        mean = (1 - _PREEMPHASIS) * _windows(samples).mean(axis=1, keepdims=True)
+        mean = (1 - _PREEMPHASIS) * _windows(signal).mean(axis=1, keepdims=True)
         np.subtract(_windows(sharp), mean, out=inside)
         np.multiply(inside, _window(), out=inside)
         np.fft.rfft(padded, out=spectrum)

@@ -7,13 +7,7 @@ import numpy as np
 
 from vllama2_jax.media.audio import AudioFile
 from vllama2_jax.media.errors import Limits, MediaError
-from vllama2_jax.media.fbank import (
-    SAMPLE_RATE,
-    filter_bank,
-    num_begun,
-    num_frames,
-    num_samples,
-)
+from vllama2_jax.media.fbank import SAMPLE_RATE, filter_bank, num_begun, num_frames
 from vllama2_jax.media.preset import SoundPreset
 from vllama2_jax.media.waveform import fit, piece_bounds, resample
 
@@ -52,9 +46,8 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
             samples = file.mixed(start, end)
     if not len(samples):
         raise MediaError(file.path, "its sound gives no samples", "make the file again")
-    # Silence behind the sound is the same everywhere; who asks fills it in.
-    frames = min(num_frames(wanted), num_begun(len(samples)))
-    bank = filter_bank(fit(samples, num_samples(frames)))
+    # Rows of silence behind the sound are all the same: who asks fills them in.
+    bank = filter_bank(samples, min(num_frames(wanted), num_begun(len(samples))))
     if rules.bfloat16:
         bank = bank.astype(ml_dtypes.bfloat16).view(np.uint16)
     return {"heard": heard, "seconds": file.seconds}, bank

@@ -86,12 +86,14 @@ def load_sound(
         seed=seed,
         silence=silence,
     )
-    bank = np.empty((spec.num_frames, NUM_BINS), np.float32)
-    silence, frames = SILENCE, 0 if heard is None else len(heard)
+    kind, frames = np.dtype(np.float32), 0
     if preset.sound.bfloat16:
         import ml_dtypes
 
-        silence = silence.astype(ml_dtypes.bfloat16)
-        heard = None if heard is None else heard.view(ml_dtypes.bfloat16)
-    bank[:frames], bank[frames:] = heard, silence
+        kind = np.dtype(ml_dtypes.bfloat16)
+    bank = np.empty((spec.num_frames, NUM_BINS), np.float32)
+    if heard is not None:
+        frames = len(heard)
+        bank[:frames] = heard.view(kind)
+    bank[frames:] = SILENCE.astype(kind)
     return Sound(bank, tuple(map(tuple, result["heard"])), result["seconds"], path)
