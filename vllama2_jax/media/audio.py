@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+from av.filter import Graph
 
 from vllama2_jax.media.container import cut_short
 from vllama2_jax.media.errors import Limits, MediaError
@@ -74,18 +75,23 @@ class AudioFile:
     def _scan(self):
         """Read every packet's time; nothing is decoded."""
         base, held, size = self._stream.time_base, 0, 0
-        first = end = None
-        self._kept: list | None = []
+        first, end, kept = None, 0, []
         for packet in self._packets():
-            size += packet.size
-            if size > _MOST_KEPT:
-                self._kept = None
-            if self._kept is not None:
-                self._kept.append(packet)
-            if packet.size and packet.pts is not None and not packet.is_discard:
-                length = packet.duration or 0
-                first = packet.pts if first is None else min(first, packet.pts)
-                end, held = max(end or 0, packet.pts + length), held + length
+            if kept is not None:
+                kept.append(packet)
+                size += packet.size
+                if size > _MOST_KEPT:
+                    kept = None
+            begin = packet.pts
+            if begin is None or not packet.size or packet.is_discard:
+                continue
+            length = packet.duration or 0
+            if first is None or begin < first:
+                first = begin
+            if begin + length > end:
+                end = begin + length
+            held += length
+        self._kept = kept
         cut = cut_short(self.path)
         if first is None and not cut and picture_streams(self._container):
             self.has_track = False  # there is one, without any sound in it
@@ -137,9 +143,9 @@ class AudioFile:
           float32 [n] in steps of 1 / 32768; shorter than asked where the track ends before.
         """
         parts, begin, mixer = [np.zeros(0, np.int16)], None, None
-        for time, frame in self._frames(start, end):
+        for frame in self._frames(start, end):
             if begin is None:
-                frame, begin = self._on_grid(frame, time)
+                frame, begin = self._on_grid(frame, self._begin_of(frame))
             if mixer is None or mixer.form != _form(frame):
                 parts += mixer.end() if mixer else []
                 mixer = _Mixer(_form(frame))
@@ -175,12 +181,13 @@ class AudioFile:
           float64 [n] within [-1, 1]; shorter than asked where the track ends before.
         """
         parts, begin = [np.zeros(0)], None
-        for time, frame in self._frames(start, end):
+        for frame in self._frames(start, end):
+            begin = self._begin_of(frame) if begin is None else begin
             if frame.sample_rate != self.rate:
+                time = begin + sum(map(len, parts)) / self.rate
                 raise MediaError(
                     self.path, f"its sound changes its rate at {time:.1f} s", "convert it to FLAC"
                 )
-            begin = time if begin is None else begin
             parts.append(_first_of(frame))
         return self._between(np.concatenate(parts), self.rate, begin, start, end)
 
@@ -188,38 +195,40 @@ class AudioFile:
         first = max(0, round((start - (begin or 0.0)) * rate))
         return samples[first : first + round((end - start) * rate)]
 
-    def _frames(self, start: float, end: float) -> Iterator[tuple[float, av.AudioFrame]]:
-        """Decoded frames that touch a stretch, with the seconds at which each begins."""
+    def _begin_of(self, frame: av.AudioFrame) -> float:
+        """Seconds from the start of the track at which a stretch's first frame begins.
+
+        Later ones are counted on from it: containers round the times of packets.
+        """
+        return 0.0 if frame.pts is None else float(frame.pts * frame.time_base) - self._begin
+
+    def _frames(self, start: float, end: float) -> Iterator[av.AudioFrame]:
+        """Decoded frames that touch a stretch."""
         packets, self._kept = self._kept, None
         if packets is None:  # too many, or decoded before
             self._container.close()
             self._container = open_file(self.path, _NO_SOUND, for_sound=True)
             self._stream = self._pick_stream()
             packets = self._packets()
-        base, position = float(self._stream.time_base), None
-        first, last = (seconds + self._begin for seconds in (start - _LEAD_SECONDS, end))
+        base = self._stream.time_base
+        # In the packets' own units, of which there are many.
+        first = (start - _LEAD_SECONDS + self._begin) / base
+        last = (end + _LEAD_SECONDS + self._begin) / base
+        decode = self._stream.codec_context.decode
         for packet in packets:
-            time = None if packet.pts is None else float(packet.pts * base)
-            if time is not None and time + float((packet.duration or 0) * base) < first:
-                continue
-            if time is not None and time > last + _LEAD_SECONDS:
-                break
-            for frame in self._decode(packet, time):
-                # Counted on from the first: containers round the times of packets.
-                if position is None:
-                    given = self._begin if frame.pts is None else float(frame.pts * frame.time_base)
-                    position = given - self._begin
-                yield position, frame
-                position += frame.samples / frame.sample_rate
-
-    def _decode(self, packet, time: float | None):
-        try:
-            return packet.decode()
-        except av.FFmpegError as error:
-            at = "" if time is None else f" at {time - self._begin:.1f} s"
-            raise MediaError(
-                self.path, f"its sound cannot be decoded{at} ({error.strerror})", DAMAGED
-            ) from None
+            time = packet.pts
+            if time is not None:
+                if time + (packet.duration or 0) < first:
+                    continue
+                if time > last:
+                    break
+            try:
+                frames = decode(packet)
+            except av.FFmpegError as error:
+                at = "" if time is None else f" at {float(time * base) - self._begin:.1f} s"
+                cause = f"its sound cannot be decoded{at} ({error.strerror})"
+                raise MediaError(self.path, cause, DAMAGED) from None
+            yield from frames
 
 
 class _Mixer:
@@ -228,22 +237,47 @@ class _Mixer:
     def __init__(self, form: tuple):
         """A mixer of frames of one `_form`; a track may change it, as broadcasts do."""
         self.form = form
-        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        kind, layout, rate = form
+        self._graph = Graph()
+        self._graph.threads = 1  # it would start others, for which there is nothing to do
+        self._source = self._graph.add(
+            "abuffer",
+            sample_fmt=kind,
+            channel_layout=layout,
+            sample_rate=str(rate),
+            time_base=f"1/{rate}",
+        )
+        mixed = self._graph.add(
+            "aformat", sample_fmts="s16", channel_layouts="mono", sample_rates=str(SAMPLE_RATE)
+        )
+        self._sink = self._graph.add("abuffersink")
+        self._graph.link_nodes(self._source, mixed, self._sink).configure()
         self._waiting = av.AudioFifo()
 
     def add(self, frame: av.AudioFrame) -> list[np.ndarray]:
         """Take a frame, and give what is ready: int16 [n] each."""
         frame.pts = None  # gaps are closed, as the command does
         self._waiting.write(frame)
-        return self._resampled(self._waiting.read_many(_BLOCK))
+        if self._waiting.samples < _BLOCK:
+            return []
+        self._source.push(self._waiting.read())
+        return self._next()
 
     def end(self) -> list[np.ndarray]:
         """The rest."""
-        rest = [self._waiting.read()] if self._waiting.samples else []
-        return self._resampled([*rest, None])
+        if self._waiting.samples:
+            self._source.push(self._waiting.read())
+        self._source.push(None)
+        rest = []
+        while made := self._next():
+            rest += made
+        return rest
 
-    def _resampled(self, blocks) -> list[np.ndarray]:
-        return [made.to_ndarray()[0] for b in blocks for made in self._resampler.resample(b)]
+    def _next(self) -> list[np.ndarray]:
+        try:
+            return [self._sink.pull().to_ndarray()[0]]
+        except (BlockingIOError, EOFError):  # it waits for more, or has given all
+            return []
 
 
 def _form(frame: av.AudioFrame) -> tuple:

@@ -2,11 +2,12 @@
 
 import random
 
+import ml_dtypes
 import numpy as np
 
 from vllama2_jax.media.audio import AudioFile
 from vllama2_jax.media.errors import Limits, MediaError
-from vllama2_jax.media.fbank import SAMPLE_RATE, filter_bank
+from vllama2_jax.media.fbank import SAMPLE_RATE, filter_bank, num_begun, num_frames
 from vllama2_jax.media.preset import SoundPreset
 from vllama2_jax.media.waveform import fit, piece_bounds, resample
 
@@ -21,8 +22,8 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
       limits: bounds.
 
     Returns:
-      {"heard": stretches of the track in seconds, "seconds": its length} and the filter bank,
-      float32 [frames, 128].
+      {"heard": stretches of the track in seconds, "seconds": its length} and the filter bank up to
+      the last sound, [frames, 128] of float32, or of bfloat16 in uint16 where the rules round.
     """
     rules = SoundPreset(**request["rules"])
     start, end = request["start"], request["end"]
@@ -45,7 +46,10 @@ def listen(file: AudioFile, request: dict, limits: Limits) -> tuple[dict, np.nda
             samples = file.mixed(start, end)
     if not len(samples):
         raise MediaError(file.path, "its sound gives no samples", "make the file again")
-    bank = filter_bank(fit(samples, wanted))
+    # Rows of silence behind the sound are all the same: who asks fills them in.
+    bank = filter_bank(samples, min(num_frames(wanted), num_begun(len(samples))))
+    if rules.bfloat16:
+        bank = bank.astype(ml_dtypes.bfloat16).view(np.uint16)
     return {"heard": heard, "seconds": file.seconds}, bank
 
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from vllama2_jax.media.errors import Limits
-from vllama2_jax.media.fbank import NUM_BINS, SAMPLE_RATE, filter_bank, num_frames
+from vllama2_jax.media.fbank import NUM_BINS, SAMPLE_RATE, SILENCE, num_frames
 from vllama2_jax.media.guard import DECODER
 from vllama2_jax.media.preset import REFERENCE, MediaPreset
 from vllama2_jax.media.times import seconds_of
@@ -74,7 +74,7 @@ def load_sound(
       MediaError: naming the file, what is wrong and what to do.
     """
     path = os.fspath(path)
-    result, bank = DECODER.ask(
+    result, heard = DECODER.ask(
         "sound",
         [path],
         limits or Limits(),
@@ -86,17 +86,14 @@ def load_sound(
         seed=seed,
         silence=silence,
     )
-    if bank is None:
-        bank = silent_bank(spec)
+    kind, frames = np.dtype(np.float32), 0
     if preset.sound.bfloat16:
         import ml_dtypes
 
-        bank = bank.astype(ml_dtypes.bfloat16).astype(np.float32)
+        kind = np.dtype(ml_dtypes.bfloat16)
+    bank = np.empty((spec.num_frames, NUM_BINS), np.float32)
+    if heard is not None:
+        frames = len(heard)
+        bank[:frames] = heard.view(kind)
+    bank[frames:] = SILENCE.astype(kind)
     return Sound(bank, tuple(map(tuple, result["heard"])), result["seconds"], path)
-
-
-def silent_bank(spec: SoundSpec) -> np.ndarray:
-    """float32 [frames, 128] of digital silence."""
-    silence = filter_bank(np.zeros(round(spec.seconds * SAMPLE_RATE), np.float32))
-    assert silence.shape == (spec.num_frames, NUM_BINS)
-    return silence

@@ -29,7 +29,9 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 def fit(samples: np.ndarray, count: int) -> np.ndarray:
     """The first `count` samples, with silence behind them where there are fewer."""
-    return np.pad(samples[:count], (0, max(0, count - len(samples))))
+    fitted = np.zeros(count, samples.dtype)
+    fitted[: len(samples)] = samples[:count]
+    return fitted
 
 
 def piece_bounds(count: int, rate: int, pieces: int) -> list[tuple[int, int]]:
