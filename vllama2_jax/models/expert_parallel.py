@@ -1,0 +1,221 @@
+"""How tokens reach their experts and come back, on one device and between many.
+
+A token and one of the experts that it chose are a pair. Pairs are sorted by expert, so that each
+expert meets its own in one run of rows; `Pairs` says which row is which pair's. Sorting and its
+undoing are gathers, and so are their gradients.
+
+Where experts are split over devices (`exchange`), so are tokens. Two ways lead from ones to the
+others, "ring" and "all_to_all", and neither drops a token: buffers hold the worst case, in which
+every token of the group chose experts of the same device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+EXCHANGES = ("ring", "all_to_all")
+
+# Maps tokens [T, W], their weights [T, k] and experts [T, k], numbers among this device's own (any
+# other number is another's), to [T, W]; the last argument is the most pairs that can be its own.
+Experts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+
+class Pairs(NamedTuple):
+    """N pairs and the R rows that those of one device's experts take, sorted by expert.
+
+    Attributes:
+      of_row: int32 [R]; the pair of each row, N for a row that is left over.
+      of_pair: int32 [N]; the row of each pair, R for one of another device's experts.
+      sizes: int32 [E]; rows of each expert.
+    """
+
+    of_row: jax.Array
+    of_pair: jax.Array
+    sizes: jax.Array
+
+
+def sort_pairs(experts: jax.Array, num_experts: int, num_rows: int) -> Pairs:
+    """Sort pairs by expert.
+
+    Args:
+      experts: int32 [N]; numbers outside [0, num_experts) are of other devices.
+      num_experts: of this device.
+      num_rows: R, at least the number of pairs of this device.
+    """
+    own = (experts >= 0) & (experts < num_experts)
+    order = jnp.argsort(jnp.where(own, experts, num_experts))
+    place = jnp.argsort(order)
+    sizes = (experts[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    total = sizes.sum()
+    return Pairs(
+        jnp.where(jnp.arange(num_rows) < total, order[:num_rows], len(experts)),
+        jnp.where(place < total, place, num_rows),
+        sizes,
+    )
+
+
+def to_rows(values: jax.Array, pairs: Pairs, copies: int = 1) -> jax.Array:
+    """Values [N / copies, ...] of pairs in the order of rows [R, ...]; zeros where none is.
+
+    Pairs n, n + 1 ... of the same `copies` share a value.
+    """
+    return _take(values, pairs.of_row, pairs.of_pair, copies)
+
+
+def to_pairs(rows: jax.Array, pairs: Pairs) -> jax.Array:
+    """Rows [R, ...] in the order of pairs [N, ...]; zeros for those of other devices' experts."""
+    return _take(rows, pairs.of_pair, pairs.of_row, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _take(values, index, back, copies):
+    """values[index // copies]; `back` undoes `index`, so that the gradient is no scatter."""
+    return values.at[index // copies].get(mode="fill", fill_value=0)
+
+
+def _take_forward(values, index, back, copies):
+    return _take(values, index, back, copies), (index, back)
+
+
+def _take_backward(copies, residuals, grad):
+    index, back = residuals
+    grad = _take(grad, back, index, 1)
+    if copies > 1:
+        grad = grad.reshape(-1, copies, *grad.shape[1:])
+        grad = grad.sum(1, dtype=jnp.float32).astype(grad.dtype)
+    return grad, None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def exchange(
+    tokens: jax.Array,
+    top: jax.Array,
+    chosen: jax.Array,
+    experts: Experts,
+    num_experts: int,
+    axes: tuple[str, ...],
+    how: str,
+) -> jax.Array:
+    """Have each token's experts applied to it, wherever they are; called inside `per_device`.
+
+    Args:
+      tokens: [T, W], this device's.
+      top: [T, k], the weights of their experts.
+      chosen: int32 [T, k], these experts, numbers among all.
+      experts: what this device's own experts do.
+      num_experts: of this device.
+      axes: mesh axes over which the experts are split; the tokens are too.
+      how: "ring" (every device meets all tokens of the group, and sums of what it did for them go
+        back: an all-gather and a reduce-scatter, which the hardware does in a ring), or
+        "all_to_all" (each pair travels to its expert and back).
+
+    Returns:
+      [T, W], the sum over each token's experts.
+
+    Raises:
+      ValueError: for an unknown exchange.
+    """
+    if how not in EXCHANGES:
+        raise ValueError(f"unknown exchange of experts {how!r}; known: {', '.join(EXCHANGES)}")
+    own = jax.lax.axis_index(axes) * num_experts
+    devices = jax.lax.axis_size(axes)
+    most = devices * len(tokens) * min(chosen.shape[1], num_experts)
+    if how == "ring":
+        tokens, top, chosen = (
+            jax.lax.all_gather(array, axes, tiled=True) for array in (tokens, top, chosen)
+        )
+        out = experts(tokens, top, chosen - own, most)
+        return jax.lax.psum_scatter(out, axes, tiled=True)
+
+    pairs = sort_pairs(chosen.reshape(-1), devices * num_experts, chosen.size)
+    sizes = jax.lax.all_gather(pairs.sizes, axes).reshape(devices, devices, num_experts)
+    post = _post(sizes.sum(-1), jax.lax.axis_index(axes))
+    there = (chosen.size, most)
+    rows = _send(to_rows(tokens, pairs, chosen.shape[1]), post, there, axes, False)
+    weights = _send(to_rows(top.reshape(-1, 1), pairs), post, there, axes, True)
+    out = experts(rows, weights, _received_experts(sizes[:, post.me], most)[:, None], most)
+    out = to_pairs(_send(out, post.returning(), there[::-1], axes, False), pairs)
+    return out.reshape(*chosen.shape, -1).sum(1, dtype=jnp.float32).astype(tokens.dtype)
+
+
+def _received_experts(sizes, num_rows):
+    """Experts int32 [num_rows] of rows that came sorted by sender, then expert: sizes [n, E]."""
+    devices, num_experts = sizes.shape
+    experts = jnp.tile(jnp.arange(num_experts), devices)
+    experts = jnp.repeat(experts, sizes.reshape(-1), total_repeat_length=num_rows)
+    return jnp.where(jnp.arange(num_rows) < sizes.sum(), experts, num_experts)
+
+
+class Post(NamedTuple):
+    """Which rows go from which of n devices to which: [n, n] arrays, by sender and receiver.
+
+    Attributes:
+      sizes: how many; they are neighbours.
+      sent_at: the first one's place among the sender's rows.
+      received_at: its place among the receiver's.
+      me: the number of this device.
+    """
+
+    sizes: jax.Array
+    sent_at: jax.Array
+    received_at: jax.Array
+    me: jax.Array
+
+    def returning(self) -> "Post":
+        """The way back."""
+        return Post(self.sizes.T, self.received_at.T, self.sent_at.T, self.me)
+
+
+def _post(sizes, me):
+    """Rows lie one behind the other: at the sender by receiver, at the receiver by sender."""
+    return Post(sizes, jnp.cumsum(sizes, 1) - sizes, jnp.cumsum(sizes, 0) - sizes, me)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _send(rows, post, counts, axes, whole):
+    """What this device receives for `rows`, zeros behind the last; `counts` are of rows of both.
+
+    With `whole`, and on CPUs, which have no ragged exchange, every device gets all rows and takes
+    what is its own.
+    """
+    num_rows = counts[1]
+
+    def ragged(rows, post):
+        return jax.lax.ragged_all_to_all(
+            rows,
+            jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype),
+            post.sent_at[post.me],
+            post.sizes[post.me],
+            post.received_at[post.me],
+            post.sizes[:, post.me],
+            axis_name=axes,
+        )
+
+    def gathered(rows, post):
+        sizes, sent_at, received_at = (a[:, post.me, None] for a in post[:3])
+        behind = jnp.arange(num_rows) - received_at  # [n, num_rows], the first row of each sender
+        place = sent_at + behind + len(rows) * jnp.arange(len(sizes))[:, None]
+        place = jnp.where((behind >= 0) & (behind < sizes), place, 0).sum(0)
+        place = jnp.where(jnp.arange(num_rows) < sizes.sum(), place, len(sizes) * len(rows))
+        rows = jax.lax.all_gather(rows, axes, tiled=True)
+        return rows.at[place].get(mode="fill", fill_value=0)
+
+    if whole:
+        return gathered(rows, post)
+    return jax.lax.platform_dependent(rows, post, cpu=gathered, default=ragged)
+
+
+def _send_forward(rows, post, counts, axes, whole):
+    return _send(rows, post, counts, axes, whole), post
+
+
+def _send_backward(counts, axes, whole, post, grad):
+    return _send(grad, post.returning(), counts[::-1], axes, whole), None
+
+
+_send.defvjp(_send_forward, _send_backward)
