@@ -57,36 +57,41 @@ def sort_pairs(experts: jax.Array, num_experts: int, num_rows: int) -> Pairs:
     )
 
 
-def to_rows(values: jax.Array, pairs: Pairs, copies: int = 1) -> jax.Array:
-    """Values [N / copies, ...] of pairs in the order of rows [R, ...]; zeros where none is.
+def to_rows(values: jax.Array, pairs: Pairs) -> jax.Array:
+    """Values [V, ...] of pairs in the order of rows [R, ...]; zeros where none is.
 
-    Pairs n, n + 1 ... of the same `copies` share a value.
+    Where N is a multiple of V, pairs n, n + V ... share a value.
     """
-    return _take(values, pairs.of_row, pairs.of_pair, copies)
+    return _take(values, pairs.of_row, pairs.of_pair, len(values))
 
 
 def to_pairs(rows: jax.Array, pairs: Pairs) -> jax.Array:
     """Rows [R, ...] in the order of pairs [N, ...]; zeros for those of other devices' experts."""
-    return _take(rows, pairs.of_pair, pairs.of_row, 1)
+    return _take(rows, pairs.of_pair, pairs.of_row, len(rows))
+
+
+def sum_of_pairs(rows: jax.Array, pairs: Pairs, num_tokens: int) -> jax.Array:
+    """Rows [R, W] summed in float32 over each token's pairs, n, n + T ...: [T, W]."""
+    out = to_pairs(rows, pairs).reshape(-1, num_tokens, rows.shape[-1])
+    return out.sum(0, dtype=jnp.float32).astype(rows.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _take(values, index, back, copies):
-    """values[index // copies]; `back` undoes `index`, so that the gradient is no scatter."""
-    return values.at[index // copies].get(mode="fill", fill_value=0)
+def _take(values, index, back, count):
+    """values[index % count], 0 past the end; `back` undoes it, so that the gradient is a gather."""
+    index = jnp.where(index < len(back), index % count, count)
+    return values.at[index].get(mode="fill", fill_value=0)
 
 
-def _take_forward(values, index, back, copies):
-    return _take(values, index, back, copies), (index, back)
+def _take_forward(values, index, back, count):
+    return _take(values, index, back, count), (index, back)
 
 
-def _take_backward(copies, residuals, grad):
+def _take_backward(count, residuals, grad):
     index, back = residuals
-    grad = _take(grad, back, index, 1)
-    if copies > 1:
-        grad = grad.reshape(-1, copies, *grad.shape[1:])
-        grad = grad.sum(1, dtype=jnp.float32).astype(grad.dtype)
-    return grad, None, None
+    copies = _take(grad, back, index, len(grad))
+    copies = copies.reshape(-1, count, *grad.shape[1:])
+    return copies.sum(0, dtype=jnp.float32).astype(grad.dtype), None, None
 
 
 _take.defvjp(_take_forward, _take_backward)
@@ -132,15 +137,14 @@ def exchange(
         out = experts(tokens, top, chosen - own, most)
         return jax.lax.psum_scatter(out, axes, tiled=True)
 
-    pairs = sort_pairs(chosen.reshape(-1), devices * num_experts, chosen.size)
+    pairs = sort_pairs(chosen.T.reshape(-1), devices * num_experts, chosen.size)
     sizes = jax.lax.all_gather(pairs.sizes, axes).reshape(devices, devices, num_experts)
     post = _post(sizes.sum(-1), jax.lax.axis_index(axes))
     there = (chosen.size, most)
-    rows = _send(to_rows(tokens, pairs, chosen.shape[1]), post, there, axes, False)
-    weights = _send(to_rows(top.reshape(-1, 1), pairs), post, there, axes, True)
+    rows = _send(to_rows(tokens, pairs), post, there, axes, False)
+    weights = _send(to_rows(top.T.reshape(-1, 1), pairs), post, there, axes, True)
     out = experts(rows, weights, _received_experts(sizes[:, post.me], most)[:, None], most)
-    out = to_pairs(_send(out, post.returning(), there[::-1], axes, False), pairs)
-    return out.reshape(*chosen.shape, -1).sum(1, dtype=jnp.float32).astype(tokens.dtype)
+    return sum_of_pairs(_send(out, post.returning(), there[::-1], axes, False), pairs, len(tokens))
 
 
 def _received_experts(sizes, num_rows):

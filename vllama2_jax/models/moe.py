@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vllama2_jax.models.axes import constrain, layout_in_force, per_device
 from vllama2_jax.models.config import DecoderConfig
-from vllama2_jax.models.expert_parallel import exchange, sort_pairs, to_pairs, to_rows
+from vllama2_jax.models.expert_parallel import exchange, sort_pairs, sum_of_pairs, to_rows
 from vllama2_jax.models.grouped_matmul import grouped_matmul
 from vllama2_jax.models.linear import Linear
 from vllama2_jax.models.lora import LORA_A, adapter_names, low_rank
@@ -85,8 +85,8 @@ class Placement(NamedTuple):
       names: {name: itself, or None where it does not split its axis evenly} of the kernels' axes.
       tokens: names of the axes of [B, L, W].
       few: whether so few tokens meet that they skip the sort.
-      gathered: {name: mesh axes} of kernels' axes that are split over the same devices as the
-        tokens, so that their parts are gathered before the products.
+      gathered: {name: its `Layout.stages`} of kernels' axes that are split over the same devices
+        as the tokens, so that their parts are gathered before the products.
       expert: mesh axes of the experts.
       exchanged: whether tokens are split over them too, and have to travel.
       inputs: mesh axes over whose devices the first two products are summed, since each has a part
@@ -97,7 +97,7 @@ class Placement(NamedTuple):
     names: dict[str, str | None]
     tokens: tuple[str | None, ...]
     few: bool
-    gathered: dict[str, tuple[str, ...]]
+    gathered: dict[str, tuple]
     expert: tuple[str, ...]
     exchanged: bool
     inputs: tuple[str, ...]
@@ -134,7 +134,9 @@ class Placement(NamedTuple):
         rows = ("batch" if apart or not few else None, None if few else "length")
         taken = {axis for name in rows if name for axis in axes[name]}
 
-        gathered = {name: axes[name] for name in ("expert_embed", "mlp") if taken & {*axes[name]}}
+        gathered = {
+            name: layout.stages(name) for name in ("expert_embed", "mlp") if taken & {*axes[name]}
+        }
         axes |= dict.fromkeys(gathered, ())
         exchanged = bool(taken & {*axes["expert"]})
         return cls(
@@ -288,8 +290,10 @@ def _experts(names, place, backend, how, x, top, chosen, weights):
 def _gathered(gathered, array, names):
     """`array`, whole along some of its axes; its gradient is summed and split again."""
     for axis, name in enumerate(names):
-        if name in gathered:
-            array = jax.lax.all_gather(array, gathered[name], axis=axis, tiled=True)
+        for mesh_axis, groups in gathered.get(name, ()):
+            array = jax.lax.all_gather(
+                array, mesh_axis, axis_index_groups=groups, axis=axis, tiled=True
+            )
     return array
 
 
@@ -345,17 +349,16 @@ def _few_tokens(gate, up, down, inputs, tokens, top, chosen):
 
 def _sorted_tokens(gate, up, down, inputs, backend, tokens, top, chosen, most):
     """Sort by expert, three grouped products, un-sort, sum in float32; at most `most` rows."""
-    pairs = sort_pairs(chosen.reshape(-1), gate.num_experts, most)
+    pairs = sort_pairs(chosen.T.reshape(-1), gate.num_experts, most)
 
     def product(x, kernel):
         return grouped_matmul(x, kernel, pairs.sizes, backend)
 
-    x = to_rows(tokens, pairs, chosen.shape[1])
+    x = to_rows(tokens, pairs)
     hidden = _hidden(
-        gate.times(x, product), up.times(x, product), to_rows(top.reshape(-1), pairs), inputs
+        gate.times(x, product), up.times(x, product), to_rows(top.T.reshape(-1), pairs), inputs
     )
-    out = to_pairs(down.times(hidden, product), pairs)
-    return out.reshape(*chosen.shape, -1).sum(1, dtype=jnp.float32).astype(tokens.dtype)
+    return sum_of_pairs(down.times(hidden, product), pairs, len(tokens))
 
 
 def load_balancing_loss(
