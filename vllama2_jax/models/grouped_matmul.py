@@ -1,8 +1,7 @@
 """Rows sorted by group times each group's own matrix: one function, several kernels.
 
-Every backend is two products without derivatives (`Backend`), from which one rule makes the
-backward pass, so that all of them behave alike: none is asked what to do with empty groups or with
-rows behind the last group, and the gradients of the matrices come in the matrices' dtype.
+Every backend is two products without derivatives (`Backend`), of which one rule makes the backward
+pass: all treat rows behind the last group alike, and gradients of weights have the weights' dtype.
 """
 
 import functools
@@ -75,6 +74,10 @@ def _backward(backend, residuals, grad):
 _grouped.defvjp(_forward, _backward)
 
 
+def _stacked(weights):
+    return jnp.stack(weights) if isinstance(weights, tuple) else weights
+
+
 # "ragged_dot"
 
 
@@ -91,9 +94,8 @@ _OUTER = _ragged(((0,), (0,)), False)
 
 
 def _ragged_product(x, weights, group_sizes, transposed):
-    weights = jnp.stack(weights) if isinstance(weights, tuple) else weights
     names = _TIMES_TRANSPOSED if transposed else _TIMES
-    return jax.lax.ragged_dot_general(x, weights, group_sizes, names)
+    return jax.lax.ragged_dot_general(x, _stacked(weights), group_sizes, names)
 
 
 def _ragged_outer(x, y, group_sizes, dtype):
@@ -109,10 +111,13 @@ def _ragged_outer(x, y, group_sizes, dtype):
 def _triton(x, y, group_sizes, names, dtype):
     try:
         import tokamax
+        from absl import flags
     except ImportError as error:
         raise ImportError(
-            "the grouped matmul backend 'tokamax' needs the package tokamax: pip install tokamax"
+            "the grouped matmul backend 'tokamax' needs that package: "
+            "pip install 'vllama2_jax[tokamax]'"
         ) from error
+    flags.FLAGS.mark_as_parsed()  # or tokamax would read this program's command line
     with tokamax.config.cross_compile(True):
         return tokamax.ragged_dot_general(
             x, y, group_sizes, names, preferred_element_type=dtype, implementation="triton"
@@ -120,12 +125,14 @@ def _triton(x, y, group_sizes, names, dtype):
 
 
 def _triton_product(x, weights, group_sizes, transposed):
-    weights = jnp.stack(weights) if isinstance(weights, tuple) else weights
-    return _triton(x, weights, group_sizes, _TIMES_TRANSPOSED if transposed else _TIMES, x.dtype)
+    names = _TIMES_TRANSPOSED if transposed else _TIMES
+    return _triton(x, _stacked(weights), group_sizes, names, x.dtype)
 
 
 def _triton_outer(x, y, group_sizes, dtype):
-    return _triton(x, y, group_sizes, _OUTER, dtype)
+    outer = _triton(x, y, group_sizes, _OUTER, dtype)
+    # Its loop runs at least once, for an empty group over rows in front of it (tokamax 0.0.12).
+    return jnp.where((group_sizes > 0)[:, None, None], outer, 0)
 
 
 # "megablox"
@@ -133,12 +140,14 @@ def _triton_outer(x, y, group_sizes, dtype):
 # Rows, inputs and outputs of a tile. A tile that two groups share is computed twice, so few rows
 # waste little: at most (G - 1) * 256 of M. Fewer than about 170 rows would read the weights more
 # often than a v5p's memory keeps up with (459 TFLOP/s over 2.77 TB/s). The rest is what 16 MiB of
-# its vector memory hold, with two buffers for each operand.
+# its vector memory hold of bfloat16, with two buffers for each operand.
 _PRODUCT_TILE, _OUTER_TILE = (256, 1024, 2048), (256, 1024, 1024)
 
 
-def _tiles(limits, *sizes):
+def _tiles(largest, dtype, *sizes):
     """Tiles of about equal size, multiples of the hardware's 128 (of 16 rows), that cover sizes."""
+    rows, *others = largest
+    limits = (rows, *(2 * limit // jnp.dtype(dtype).itemsize for limit in others))
     tiles = []
     for size, limit, step in zip(sizes, limits, (16, 128, 128), strict=True):
         even = -(-size // -(-size // limit))  # of as many tiles as the limit needs
@@ -154,9 +163,9 @@ def _fill_up(rows, tile, *arrays):
 def _megablox_product(x, weights, group_sizes, transposed):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    weights = jnp.stack(weights) if isinstance(weights, tuple) else weights
+    weights = _stacked(weights)
     rows, outputs = len(x), weights.shape[1 if transposed else 2]
-    tiles = _tiles(_PRODUCT_TILE, rows, x.shape[1], outputs)
+    tiles = _tiles(_PRODUCT_TILE, x.dtype, rows, x.shape[1], outputs)
     (x,) = _fill_up(rows, tiles[0], x)
     return gmm(x, weights, group_sizes, x.dtype, tiles, transpose_rhs=transposed)[:rows]
 
@@ -164,7 +173,7 @@ def _megablox_product(x, weights, group_sizes, transposed):
 def _megablox_outer(x, y, group_sizes, dtype):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    tiles = _tiles(_OUTER_TILE, len(x), x.shape[1], y.shape[1])
+    tiles = _tiles(_OUTER_TILE, x.dtype, len(x), x.shape[1], y.shape[1])
     x, y = _fill_up(len(x), tiles[0], x, y)
     return tgmm(x.T, y, group_sizes, dtype, tiles)
 

@@ -183,7 +183,7 @@ class MoE(nn.Module):
         c = self.config
         router_logits = Linear(
             (c.num_experts,),
-            ("embed", "expert"),
+            ("embed", "router_out"),
             self.dtype,
             self.param_dtype,
             dot_general=jax.lax.dot_general,

@@ -39,6 +39,7 @@ _COMMON = {
     "patches": (),
     "buckets": (),
     "gate": (),
+    "router_out": (),
     "lora_rank": (),
     # Both.
     "expert": ("expert",),
