@@ -15,8 +15,9 @@ from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from vllama2_jax.models.decoder import Decoder
+from vllama2_jax.models.expert_parallel import FEW_TOKENS
 from vllama2_jax.models.grouped_matmul import grouped_matmul
-from vllama2_jax.models.moe import FEW_TOKENS, MoE, load_balancing_loss
+from vllama2_jax.models.moe import MoE, load_balancing_loss
 
 CONFIG = FAMILIES["mixtral"]
 ON_CPU = ("blocks", "ragged_dot")

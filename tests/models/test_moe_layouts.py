@@ -66,6 +66,8 @@ def test_a_torus_of_three_dimensions_is_gathered_along_one_and_then_two():
 
 def test_two_dimensions_or_no_torus_at_all_take_one_step():
     assert _stages(torus(1, 1, 16, 16)) == _stages(torus(2, 1, 1, 1)) == _stages(None) == [None]
+    unordered = torus(1, 2, 2, 2)[:, [0, 7]]
+    assert _stages(unordered) == [None]
 
 
 def apply(layout, split_experts=False, exchange="ring"):

@@ -114,23 +114,25 @@ class Layout:
 
 
 def _stages(places) -> list[list[list[int]] | None]:
-    """Groups of neighbours, then of groups ..., each along one or two dimensions."""
+    """Groups of devices that exchange, each along one or two dimensions: neighbours first."""
     if places is None:
         return [None]
     stages, count = [], places.shape[1]
     block = count
-    while block > 1 or not stages:
-        for step in range(1, block + 1):
-            if block % step == 0:
-                grid = places.reshape(len(places), count // block, block // step, step, -1)
-                varies = (grid.max(2) != grid.min(2)).reshape(-1, grid.shape[-1])
-                # Slices talk over another network, and never together with a slice's own links.
-                if (varies @ ([2] + [1] * (varies.shape[1] - 1))).max() <= 2:
-                    break
+    while block > 1:
+        # The last step: from blocks of `step` devices, as few as may be, to blocks of `block`.
+        for step in (step for step in range(1, block) if block % step == 0):
+            grid = places.reshape(len(places), count // block, block // step, step, -1)
+            varies = grid.max(2) != grid.min(2)
+            # Slices talk over another network, never together with the links of one.
+            if (varies[..., 1:].sum(-1) + 2 * varies[..., 0]).max() <= 2:
+                break
+        else:
+            return [None]
         numbers = np.arange(count).reshape(count // block, block // step, step)
         stages.append(numbers.swapaxes(1, 2).reshape(-1, block // step).tolist())
         block = step
-    return [None] if len(stages) == 1 else stages[::-1]
+    return stages[::-1] if len(stages) > 1 else [None]
 
 
 _IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -189,6 +191,22 @@ def per_device(function: Callable, in_names, out_names) -> Callable:
         out_specs=specs(out_names),
         check_vma=False,
     )
+
+
+def gather_parts(x: jax.Array, names: Names, stages: Mapping[str, Sequence]) -> jax.Array:
+    """`x` whole along some of its axes; its gradient leaves as sums, each device with its part.
+
+    For use inside `per_device`, where no layout is in force.
+
+    Args:
+      x: one device's part.
+      names: of its axes.
+      stages: {name: `Layout.stages`} of those to gather.
+    """
+    for index, name in enumerate(names):
+        for mesh_axis, groups in stages.get(name, ()):
+            x = jax.lax.all_gather(x, mesh_axis, axis_index_groups=groups, axis=index, tiled=True)
+    return x
 
 
 def _is_names(value) -> bool:

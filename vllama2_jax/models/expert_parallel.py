@@ -1,12 +1,12 @@
-"""How tokens reach their experts and come back, on one device and between many.
+"""How tokens meet their experts, on one device and on many.
 
-A token and one of the experts that it chose are a pair. Pairs are sorted by expert, so that each
-expert meets its own in one run of rows; `Pairs` says which row is which pair's. Sorting and its
-undoing are gathers, and so are their gradients.
+`Placement` says who computes what. A token and one of the experts that it chose are a pair. Pairs
+are sorted by expert, so that each expert meets its own in one run of rows; `Pairs` says which row
+is which pair's. Sorting and its undoing are gathers, and so are their gradients.
 
-Where experts are split over devices (`exchange`), so are tokens. Two ways lead from ones to the
-others, "ring" and "all_to_all", and neither drops a token: buffers hold the worst case, in which
-every token of the group chose experts of the same device.
+Where experts and tokens are split over the same devices, tokens travel (`exchange`), by "ring" or
+"all_to_all". Neither drops one: buffers hold the worst case, in which every token of the group
+chose experts of the same device.
 """
 
 import functools
@@ -16,11 +16,90 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vllama2_jax.models.axes import layout_in_force
+from vllama2_jax.models.config import DecoderConfig
+
 EXCHANGES = ("ring", "all_to_all")
+
+# At most this many tokens: each expert that anyone chose runs over all of them, without sorting.
+FEW_TOKENS = 16
 
 # Maps tokens [T, W], their weights [T, k] and experts [T, k], numbers among this device's own (any
 # other number is another's), to [T, W]; the last argument is the most pairs that can be its own.
 Experts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+
+class Placement(NamedTuple):
+    """Who computes what, by logical names and by axes of the mesh; all empty without a layout.
+
+    Attributes:
+      names: {name: itself, or None where it does not split its axis evenly} of the kernels' axes.
+      tokens: names of the axes of [B, L, W].
+      few: whether so few tokens meet that they skip the sort.
+      gathered: {name: its `Layout.stages`} of kernels' axes that are split over the same devices
+        as the tokens, so that their parts are gathered before the products.
+      expert: mesh axes of the experts.
+      exchanged: whether tokens are split over them too, and have to travel.
+      inputs: mesh axes over whose devices the first two products are summed, since each has a part
+        of the tokens' width.
+      outputs: likewise of the last product, of whose inputs or experts each has a part.
+    """
+
+    names: dict[str, str | None]
+    tokens: tuple[str | None, ...]
+    few: bool
+    gathered: dict[str, tuple]
+    expert: tuple[str, ...]
+    exchanged: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: DecoderConfig, batch: int, length: int) -> "Placement":
+        """The placement that the layout in force makes of [B, L] tokens.
+
+        Raises:
+          ValueError: if the mesh does not split the experts evenly.
+        """
+        layout = layout_in_force()
+        sizes = {
+            "expert": config.num_experts,
+            "expert_embed": config.width,
+            "mlp": config.mlp_dim,
+        }
+        parts = {name: layout.size(name) if layout else 1 for name in (*sizes, "batch")}
+        axes = {name: layout.axes(name) if layout else () for name in (*sizes, "batch", "length")}
+        if config.num_experts % parts["expert"]:
+            raise ValueError(
+                f"{config.num_experts} experts cannot be split over {parts['expert']} devices; "
+                "give the mesh's axis of experts a size that divides them"
+            )
+        names = {name: name if size % parts[name] == 0 else None for name, size in sizes.items()}
+        axes |= {name: () for name, fits in names.items() if fits is None}
+
+        # A few tokens meet where the weights are: weights stay, and tokens are on all devices that
+        # share one set of them.
+        apart = not {*axes["batch"]} & {*axes["expert"], *axes["expert_embed"], *axes["mlp"]}
+        apart = apart and batch % parts["batch"] == 0
+        few = batch * length // (parts["batch"] if apart else 1) <= FEW_TOKENS
+        rows = ("batch" if apart or not few else None, None if few else "length")
+        taken = {axis for name in rows if name for axis in axes[name]}
+
+        gathered = {
+            name: layout.stages(name) for name in ("expert_embed", "mlp") if taken & {*axes[name]}
+        }
+        axes |= dict.fromkeys(gathered, ())
+        exchanged = bool(taken & {*axes["expert"]})
+        return cls(
+            names,
+            (*rows, names["expert_embed"] if axes["expert_embed"] else None),
+            few,
+            gathered,
+            axes["expert"],
+            exchanged,
+            axes["expert_embed"],
+            axes["mlp"] + (() if exchanged else axes["expert"]),
+        )
 
 
 class Pairs(NamedTuple):
@@ -121,12 +200,7 @@ def exchange(
 
     Returns:
       [T, W], the sum over each token's experts.
-
-    Raises:
-      ValueError: for an unknown exchange.
     """
-    if how not in EXCHANGES:
-        raise ValueError(f"unknown exchange of experts {how!r}; known: {', '.join(EXCHANGES)}")
     own = jax.lax.axis_index(axes) * num_experts
     devices = jax.lax.axis_size(axes)
     most = devices * len(tokens) * min(chosen.shape[1], num_experts)

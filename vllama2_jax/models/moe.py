@@ -7,16 +7,23 @@ XLA; behind it every device works on its own and says itself what it exchanges (
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import constrain, layout_in_force, per_device
+from vllama2_jax.models.axes import constrain, gather_parts, layout_in_force, per_device
 from vllama2_jax.models.config import DecoderConfig
-from vllama2_jax.models.expert_parallel import exchange, sort_pairs, sum_of_pairs, to_rows
+from vllama2_jax.models.expert_parallel import (
+    EXCHANGES,
+    Placement,
+    exchange,
+    sort_pairs,
+    sum_of_pairs,
+    to_rows,
+)
 from vllama2_jax.models.grouped_matmul import grouped_matmul
 from vllama2_jax.models.linear import Linear
 from vllama2_jax.models.lora import LORA_A, adapter_names, low_rank
@@ -27,9 +34,6 @@ from vllama2_jax.models.quantized import (
     quantized_parts,
     with_own_constants,
 )
-
-# At most this many tokens: each expert that anyone chose runs over all of them, without sorting.
-FEW_TOKENS = 16
 
 
 @flax.struct.dataclass
@@ -78,79 +82,6 @@ class Weight:
         return Weight(kernel, self.adapter and adapter_names(names, 1, 1))
 
 
-class Placement(NamedTuple):
-    """Who computes what, by logical names and by axes of the mesh; all empty without a layout.
-
-    Attributes:
-      names: {name: itself, or None where it does not split its axis evenly} of the kernels' axes.
-      tokens: names of the axes of [B, L, W].
-      few: whether so few tokens meet that they skip the sort.
-      gathered: {name: its `Layout.stages`} of kernels' axes that are split over the same devices
-        as the tokens, so that their parts are gathered before the products.
-      expert: mesh axes of the experts.
-      exchanged: whether tokens are split over them too, and have to travel.
-      inputs: mesh axes over whose devices the first two products are summed, since each has a part
-        of the tokens' width.
-      outputs: likewise of the last product, of whose inputs or experts each has a part.
-    """
-
-    names: dict[str, str | None]
-    tokens: tuple[str | None, ...]
-    few: bool
-    gathered: dict[str, tuple]
-    expert: tuple[str, ...]
-    exchanged: bool
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: DecoderConfig, batch: int, length: int) -> "Placement":
-        """The placement that the layout in force makes of [B, L] tokens.
-
-        Raises:
-          ValueError: if the mesh does not split the experts evenly.
-        """
-        layout = layout_in_force()
-        sizes = {
-            "expert": config.num_experts,
-            "expert_embed": config.width,
-            "mlp": config.mlp_dim,
-        }
-        parts = {name: layout.size(name) if layout else 1 for name in (*sizes, "batch")}
-        axes = {name: layout.axes(name) if layout else () for name in (*sizes, "batch", "length")}
-        if config.num_experts % parts["expert"]:
-            raise ValueError(
-                f"{config.num_experts} experts cannot be split over {parts['expert']} devices; "
-                "give the mesh's axis of experts a size that divides them"
-            )
-        names = {name: name if size % parts[name] == 0 else None for name, size in sizes.items()}
-        axes |= {name: () for name, fits in names.items() if fits is None}
-
-        # A few tokens meet where the weights are: weights stay, and tokens are on all devices that
-        # share one set of them.
-        apart = not {*axes["batch"]} & {*axes["expert"], *axes["expert_embed"], *axes["mlp"]}
-        apart = apart and batch % parts["batch"] == 0
-        few = batch * length // (parts["batch"] if apart else 1) <= FEW_TOKENS
-        rows = ("batch" if apart or not few else None, None if few else "length")
-        taken = {axis for name in rows if name for axis in axes[name]}
-
-        gathered = {
-            name: layout.stages(name) for name in ("expert_embed", "mlp") if taken & {*axes[name]}
-        }
-        axes |= dict.fromkeys(gathered, ())
-        exchanged = bool(taken & {*axes["expert"]})
-        return cls(
-            names,
-            (*rows, names["expert_embed"] if axes["expert_embed"] else None),
-            few,
-            gathered,
-            axes["expert"],
-            exchanged,
-            axes["expert_embed"],
-            axes["mlp"] + (() if exchanged else axes["expert"]),
-        )
-
-
 class MoE(nn.Module):
     """Router, top-k experts, weighted sum.
 
@@ -179,8 +110,15 @@ class MoE(nn.Module):
         probabilities are divided by their sum and cast to `dtype`. What they weigh is the input of
         the last product, so that the backward pass need not compute its output again. The sum over
         experts runs in float32.
+
+        Raises:
+          ValueError: for an unknown exchange, or experts that the mesh cannot split.
         """
         c = self.config
+        if self.exchange not in EXCHANGES:
+            raise ValueError(
+                f"unknown exchange of experts {self.exchange!r}; known: {', '.join(EXCHANGES)}"
+            )
         router_logits = Linear(
             (c.num_experts,),
             ("embed", "router_out"),
@@ -270,7 +208,7 @@ def _experts(names, place, backend, how, x, top, chosen, weights):
     """What the experts make of one device's tokens [B, L, W], from its parts of the weights."""
     width, k = x.shape[-1], chosen.shape[-1]
     tokens, top, chosen = x.reshape(-1, width), top.reshape(-1, k), chosen.reshape(-1, k)
-    weights = jax.tree.map(functools.partial(_gathered, place.gathered), weights, names)
+    weights = jax.tree.map(functools.partial(gather_parts, stages=place.gathered), weights, names)
     num_experts = weights[0].num_experts
     run = functools.partial(_sorted_tokens, *weights, place.inputs, backend)
     if place.exchanged:
@@ -285,16 +223,6 @@ def _experts(names, place, backend, how, x, top, chosen, weights):
     if place.outputs:
         out = _sum_of_shares(out, place.outputs)
     return out.reshape(x.shape)
-
-
-def _gathered(gathered, array, names):
-    """`array`, whole along some of its axes; its gradient is summed and split again."""
-    for axis, name in enumerate(names):
-        for mesh_axis, groups in gathered.get(name, ()):
-            array = jax.lax.all_gather(
-                array, mesh_axis, axis_index_groups=groups, axis=axis, tiled=True
-            )
-    return array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
