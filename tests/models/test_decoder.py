@@ -213,7 +213,9 @@ def test_every_parameter_names_every_axis_once(family, options):
     sizes = {
         "layers": {config.num_layers},
         "expert": {config.num_experts},
+        "router": {config.num_experts},
         "embed": {config.width},
+        "expert_embed": {config.width},
         "norm": {config.width},
         "mlp": {config.mlp_dim},
         "vocab": {config.vocab_size},

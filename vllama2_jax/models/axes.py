@@ -57,7 +57,7 @@ class Layout:
     def _parts(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def stages(self, name: str) -> tuple[tuple[str, list[list[int]] | None], ...]:
+    def stages(self, name: str | None) -> tuple[tuple[str, list[list[int]] | None], ...]:
         """In which steps the parts of a logical axis are best gathered, one after the other.
 
         A TPU gathers and scatters along one or two dimensions of its torus. Over three, XLA makes
@@ -161,6 +161,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
 
 
+def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) -> jax.Array:
+    """Inside `per_device`: an array's parts from all devices, so that its gradient is scattered.
+
+    Args:
+      x: this device's part.
+      names: of its axes.
+      layout: what was in force outside; None gathers nothing.
+      kept: names of axes that stay split.
+    """
+    for index, name in enumerate(names):
+        for mesh_axis, groups in layout.stages(name) if layout and name not in kept else ():
+            x = jax.lax.all_gather(x, mesh_axis, axis_index_groups=groups, axis=index, tiled=True)
+    return x
+
+
 def per_device(function: Callable, in_names, out_names) -> Callable:
     """`function` of each device's own parts (`jax.shard_map` over the whole mesh).
 
@@ -191,22 +206,6 @@ def per_device(function: Callable, in_names, out_names) -> Callable:
         out_specs=specs(out_names),
         check_vma=False,
     )
-
-
-def gather_parts(x: jax.Array, names: Names, stages: Mapping[str, Sequence]) -> jax.Array:
-    """`x` whole along some of its axes; its gradient leaves as sums, each device with its part.
-
-    For use inside `per_device`, where no layout is in force.
-
-    Args:
-      x: one device's part.
-      names: of its axes.
-      stages: {name: `Layout.stages`} of those to gather.
-    """
-    for index, name in enumerate(names):
-        for mesh_axis, groups in stages.get(name, ()):
-            x = jax.lax.all_gather(x, mesh_axis, axis_index_groups=groups, axis=index, tiled=True)
-    return x
 
 
 def _is_names(value) -> bool:

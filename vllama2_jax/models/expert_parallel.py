@@ -36,8 +36,8 @@ class Placement(NamedTuple):
       names: {name: itself, or None where it does not split its axis evenly} of the kernels' axes.
       tokens: names of the axes of [B, L, W].
       few: whether so few tokens meet that they skip the sort.
-      gathered: {name: its `Layout.stages`} of kernels' axes that are split over the same devices
-        as the tokens, so that their parts are gathered before the products.
+      kept: names of kernels' axes that stay split. Others are split over the same devices as the
+        tokens, and their parts are gathered before the products.
       expert: mesh axes of the experts.
       exchanged: whether tokens are split over them too, and have to travel.
       inputs: mesh axes over whose devices the first two products are summed, since each has a part
@@ -48,7 +48,7 @@ class Placement(NamedTuple):
     names: dict[str, str | None]
     tokens: tuple[str | None, ...]
     few: bool
-    gathered: dict[str, tuple]
+    kept: tuple[str, ...]
     expert: tuple[str, ...]
     exchanged: bool
     inputs: tuple[str, ...]
@@ -85,16 +85,14 @@ class Placement(NamedTuple):
         rows = ("batch" if apart or not few else None, None if few else "length")
         taken = {axis for name in rows if name for axis in axes[name]}
 
-        gathered = {
-            name: layout.stages(name) for name in ("expert_embed", "mlp") if taken & {*axes[name]}
-        }
+        gathered = [name for name in ("expert_embed", "mlp") if taken & {*axes[name]}]
         axes |= dict.fromkeys(gathered, ())
         exchanged = bool(taken & {*axes["expert"]})
         return cls(
             names,
             (*rows, names["expert_embed"] if axes["expert_embed"] else None),
             few,
-            gathered,
+            tuple(name for name in sizes if name not in gathered),
             axes["expert"],
             exchanged,
             axes["expert_embed"],

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import constrain, gather_parts, layout_in_force, per_device
+from vllama2_jax.models.axes import constrain, gather, layout_in_force, per_device
 from vllama2_jax.models.config import DecoderConfig
 from vllama2_jax.models.expert_parallel import (
     EXCHANGES,
@@ -121,7 +121,7 @@ class MoE(nn.Module):
             )
         router_logits = Linear(
             (c.num_experts,),
-            ("embed", "router_out"),
+            ("embed", "router"),
             self.dtype,
             self.param_dtype,
             dot_general=jax.lax.dot_general,
@@ -139,7 +139,8 @@ class MoE(nn.Module):
             for weight, (_, _, axes) in zip(weights, _kernels(c), strict=True)
         )
         rows = (*place.tokens[:2], None)
-        run = functools.partial(_experts, names, place, self.backend, self.exchange)
+        layout = layout_in_force()
+        run = functools.partial(_experts, layout, names, place, self.backend, self.exchange)
         run = per_device(run, (place.tokens, rows, rows, names), place.tokens)
         return run(x, top, chosen, weights), router_logits
 
@@ -204,11 +205,12 @@ def _kernels(c):
     )
 
 
-def _experts(names, place, backend, how, x, top, chosen, weights):
+def _experts(layout, names, place, backend, how, x, top, chosen, weights):
     """What the experts make of one device's tokens [B, L, W], from its parts of the weights."""
     width, k = x.shape[-1], chosen.shape[-1]
     tokens, top, chosen = x.reshape(-1, width), top.reshape(-1, k), chosen.reshape(-1, k)
-    weights = jax.tree.map(functools.partial(gather_parts, stages=place.gathered), weights, names)
+    whole = functools.partial(gather, layout=layout, kept=place.kept)
+    weights = jax.tree.map(whole, weights, names)
     num_experts = weights[0].num_experts
     run = functools.partial(_sorted_tokens, *weights, place.inputs, backend)
     if place.exchanged:

@@ -39,7 +39,7 @@ _COMMON = {
     "patches": (),
     "buckets": (),
     "gate": (),
-    "router_out": (),
+    "router": (),
     "lora_rank": (),
     # Both.
     "expert": ("expert",),
