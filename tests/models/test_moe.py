@@ -1,6 +1,9 @@
 """The mixture of experts against transformers' Mixtral and against plain loops."""
 
+import contextlib
 import dataclasses
+import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from decoder_oracle import FAMILIES, hf_model, params_from_hf, relative_error
+from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from vllama2_jax.models.decoder import Decoder
-from vllama2_jax.models.grouped_matmul import BACKENDS, grouped_matmul
-from vllama2_jax.models.moe import FEW_TOKENS, MoE, load_balancing_loss
+from vllama2_jax.models.expert_parallel import FEW_TOKENS
+from vllama2_jax.models.grouped_matmul import grouped_matmul
+from vllama2_jax.models.moe import MoE, load_balancing_loss
 
 CONFIG = FAMILIES["mixtral"]
+ON_CPU = ("blocks", "ragged_dot")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def split(params):
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("split_experts", [False, True])
 @pytest.mark.parametrize("rows, length", [(1, 1), (FEW_TOKENS, 1), (1, FEW_TOKENS + 1), (2, 300)])
 def test_moe_equals_transformers(block, backend, split_experts, rows, length):
@@ -52,27 +58,39 @@ def test_moe_equals_transformers(block, backend, split_experts, rows, length):
     assert relative_error(ours, reference) <= 2e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+SIZES = [[3, 0, 4, 0], [0, 0, 0, 7], [400, 1, 0, 199], [128, 128, 256, 88], [150, 150, 2, 0]]
+
+
+@pytest.mark.parametrize("left_over", [0, 5])
 @pytest.mark.parametrize(
-    "sizes", [[3, 0, 4, 0], [0, 0, 0, 7], [400, 1, 0, 199], [128, 128, 256, 88], [150, 150, 2, 0]]
+    "backend, sizes",
+    [*itertools.product(ON_CPU, SIZES), *itertools.product(["megablox"], SIZES[1:3])],
 )
-def test_grouped_matmul_and_its_gradients_equal_loops(backend, sizes):
+def test_grouped_matmul_and_its_gradients_equal_loops(backend, sizes, left_over):
+    """Also with rows left over, which are no numbers; TPU kernels are interpreted."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((sum(sizes), 12)).astype(np.float32)
     weights = rng.standard_normal((len(sizes), 12, 10)).astype(np.float32)
     cotangent = rng.standard_normal((sum(sizes), 10)).astype(np.float32)
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    out, vjp = jax.vjp(
-        lambda x, w: grouped_matmul(x, w, jnp.array(sizes), backend),
-        jnp.array(x),
-        jnp.array(weights),
-    )
-    grad_x, grad_w = vjp(jnp.array(cotangent))
+
+    def longer(rows):
+        return jnp.pad(rows, ((0, left_over), (0, 0)), constant_values=np.nan)
+
+    interpreted = force_tpu_interpret_mode() if backend == "megablox" else contextlib.nullcontext()
+    with interpreted:
+        out, vjp = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, jnp.array(sizes), backend),
+            longer(x),
+            jnp.array(weights),
+        )
+        grad_x, grad_w = vjp(longer(cotangent))
     expected = np.stack([row @ weights[g] for row, g in zip(x, owner, strict=True)])
     expected_x = np.stack([row @ weights[g].T for row, g in zip(cotangent, owner, strict=True)])
     expected_w = np.stack([x[owner == g].T @ cotangent[owner == g] for g in range(len(sizes))])
-    assert relative_error(out, expected) <= 2e-6
-    assert relative_error(grad_x, expected_x) <= 2e-6
+    assert out.shape == (sum(sizes) + left_over, 10) and grad_x.shape == (len(out), 12)
+    assert relative_error(out[: len(x)], expected) <= 2e-6
+    assert relative_error(grad_x[: len(x)], expected_x) <= 2e-6
     assert relative_error(grad_w, expected_w) <= 5e-6
 
 
@@ -122,6 +140,19 @@ def test_router_logits_come_only_on_request(scan_layers):
     assert not np.allclose(logits[0], logits[1])
 
 
-def test_unknown_backend_is_one_clear_error():
-    with pytest.raises(ValueError, match="unknown grouped matmul backend 'megablox'"):
-        grouped_matmul(jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2]), "megablox")
+def test_backends_that_cannot_be_used_are_one_clear_error(monkeypatch):
+    arguments = jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2])
+    with pytest.raises(ValueError, match="unknown grouped matmul backend 'cutlass'; known: blocks"):
+        grouped_matmul(*arguments, "cutlass")
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(ImportError, match=r"pip install 'vllama2_jax\[tokamax\]'"):
+        grouped_matmul(*arguments, "tokamax")
+
+
+def test_tokamax_compiles_for_gpus_on_a_machine_without():
+    pytest.importorskip("tokamax", reason="optional; pip install 'vllama2_jax[tokamax]'")
+    shapes = [((64, 32), jnp.bfloat16), ((4, 32, 48), jnp.bfloat16), ((4,), jnp.int32)]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    run = jax.grad(lambda *args: grouped_matmul(*args, "tokamax").astype(float).sum(), (0, 1))
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("xla.gpu.triton") == 2

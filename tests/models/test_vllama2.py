@@ -199,7 +199,7 @@ def test_router_logits_reach_the_balancing_loss(experts, batch):
     ("options", "message"),
     [
         ({"attention_backend": "flash"}, "unknown attention backend 'flash'"),
-        ({"moe_backend": "megablox"}, "unknown grouped matmul backend 'megablox'"),
+        ({"moe_backend": "cutlass"}, "unknown grouped matmul backend 'cutlass'"),
         ({"remat": "sometimes"}, "unknown remat policy 'sometimes'"),
     ],
 )

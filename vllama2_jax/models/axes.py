@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Names = Sequence[str | None]
@@ -56,6 +57,31 @@ class Layout:
     def _parts(self, axes: tuple[str, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in axes)
 
+    def stages(self, name: str | None) -> tuple[tuple[str, list[list[int]] | None], ...]:
+        """In which steps the parts of a logical axis are best gathered, one after the other.
+
+        A TPU gathers and scatters along one or two dimensions of its torus. Over three, XLA makes
+        an all-reduce of the whole of either, which sends twice as much. Slices, which another
+        network joins, are a step of their own.
+
+        Returns:
+          pairs of a mesh axis and the groups of its devices that exchange (None: all of them), as
+          `jax.lax.all_gather` takes them; what lies next to each other comes first.
+        """
+        return tuple(
+            (axis, groups)
+            for axis in reversed(self.axes(name))
+            for groups in _stages(self._places(axis))
+        )
+
+    def _places(self, axis: str) -> np.ndarray | None:
+        """Slice and coordinates of devices [lines, along a mesh axis, 4]; None but for TPUs."""
+        if isinstance(self.mesh, AbstractMesh) or not hasattr(self.mesh.devices.flat[0], "coords"):
+            return None
+        devices = np.moveaxis(self.mesh.devices, self.mesh.axis_names.index(axis), -1)
+        places = [(getattr(d, "slice_index", 0), *d.coords) for d in devices.flat]
+        return np.array(places).reshape(-1, devices.shape[-1], len(places[0]))
+
     def spec(self, names: Names, shape: Sequence[int] | None = None) -> PartitionSpec:
         """How an array with such axes is split.
 
@@ -85,6 +111,28 @@ class Layout:
     def sharding(self, names: Names, shape: Sequence[int] | None = None) -> NamedSharding:
         """The same as a sharding of the mesh."""
         return NamedSharding(self.mesh, self.spec(names, shape))
+
+
+def _stages(places) -> list[list[list[int]] | None]:
+    """Groups of devices that exchange, each along one or two dimensions: neighbours first."""
+    if places is None:
+        return [None]
+    stages, count = [], places.shape[1]
+    block = count
+    while block > 1:
+        # The last step: from blocks of `step` devices, as few as may be, to blocks of `block`.
+        for step in (step for step in range(1, block) if block % step == 0):
+            grid = places.reshape(len(places), count // block, block // step, step, -1)
+            varies = grid.max(2) != grid.min(2)
+            # Slices talk over another network, never together with the links of one.
+            if (varies[..., 1:].sum(-1) + 2 * varies[..., 0]).max() <= 2:
+                break
+        else:
+            return [None]
+        numbers = np.arange(count).reshape(count // block, block // step, step)
+        stages.append(numbers.swapaxes(1, 2).reshape(-1, block // step).tolist())
+        block = step
+    return stages[::-1] if len(stages) > 1 else [None]
 
 
 _IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -122,10 +170,9 @@ def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) 
       layout: what was in force outside; None gathers nothing.
       kept: names of axes that stay split.
     """
-    for axis, name in enumerate(names):
-        mesh_axes = layout.axes(name) if layout and name not in kept else ()
-        if mesh_axes:
-            x = jax.lax.all_gather(x, mesh_axes, axis=axis, tiled=True)
+    for index, name in enumerate(names):
+        for mesh_axis, groups in layout.stages(name) if layout and name not in kept else ():
+            x = jax.lax.all_gather(x, mesh_axis, axis_index_groups=groups, axis=index, tiled=True)
     return x
 
 

@@ -150,6 +150,7 @@ class DecoderLayer(nn.Module):
     attention_backend: str
     moe_backend: str
     split_experts: bool
+    expert_exchange: str
 
     @nn.compact
     def __call__(self, x, rope, positions, segments, cache, layer_kv):
@@ -166,7 +167,8 @@ class DecoderLayer(nn.Module):
         x = x + mixed
         normed = RMSNorm(c.norm_eps, *types, name="post_norm")(x)
         if c.num_experts:
-            moe = MoE(c, *types, self.moe_backend, self.split_experts, name="moe")
+            options = (self.moe_backend, self.split_experts, self.expert_exchange)
+            moe = MoE(c, *types, *options, name="moe")
             mixed, router_logits = moe(normed)
         else:
             mixed, router_logits = MLP(c, *types, name="mlp")(normed), None
@@ -189,6 +191,7 @@ class Decoder(nn.Module):
       attention_backend: see `attention.attend`.
       moe_backend: see `grouped_matmul.grouped_matmul`.
       split_experts: every expert has its own arrays, `moe/expert_0/gate` (inference on CPU).
+      expert_exchange: how tokens travel to experts of other devices: see `expert_parallel`.
     """
 
     config: DecoderConfig
@@ -199,12 +202,20 @@ class Decoder(nn.Module):
     attention_backend: str = "xla"
     moe_backend: str = "blocks"
     split_experts: bool = False
+    expert_exchange: str = "ring"
 
     def setup(self):
         """Declare the parameters."""
         c, types = self.config, (self.dtype, self.param_dtype)
         layer = rematerialised(DecoderLayer, self.remat, scanned=self.scan_layers)
-        options = (c, *types, self.attention_backend, self.moe_backend, self.split_experts)
+        options = (
+            c,
+            *types,
+            self.attention_backend,
+            self.moe_backend,
+            self.split_experts,
+            self.expert_exchange,
+        )
         if self.scan_layers:
             self.layers = nn.scan(
                 layer,

@@ -51,6 +51,18 @@ def kernel_axes(path: str) -> tuple[int, int] | None:
     return None
 
 
+def adapter_names(names: tuple, leading: int, inputs: int) -> tuple[tuple, tuple]:
+    """Logical names of the axes of A and B, from those of the kernel.
+
+    Args:
+      names: of the kernel's axes.
+      leading: axes of stacks, as `kernel_axes` counts them.
+      inputs: input axes, likewise.
+    """
+    split = leading + inputs
+    return (*names[:split], "lora_rank"), (*names[:leading], "lora_rank", *names[split:])
+
+
 def low_rank(module: nn.Module, name: str, dtype) -> tuple[jax.Array, jax.Array] | None:
     """(A, scale * B) in `dtype` for the parameter `name` of a bound module; None if not adapted."""
     if not module.has_variable("params", name + LORA_A):

@@ -69,16 +69,49 @@ def quantized_parts(module: nn.Module, name: str) -> dict[str, jax.Array] | None
     return None
 
 
+def quantized_names(names: tuple, leading: int, inputs: int) -> dict[str, tuple]:
+    """Logical names of the axes of every part that can stand for a kernel, from the kernel's.
+
+    A quantised kernel is a matrix: several input or output axes are one, split as the first was.
+
+    Args:
+      names: of the kernel's axes.
+      leading: axes of stacks, see `lora.kernel_axes`.
+      inputs: input axes, likewise.
+    """
+    stack, into, out = names[:leading], names[leading], names[leading + inputs]
+    return {
+        "int8": (*stack, into, out),
+        "int8_scale": (*stack, out),
+        "nf4": (*stack, into, None, out),
+        "nf4_absmax": (*stack, into, out),
+        "nf4_scale": (*stack, None),
+        "nf4_mean": stack,
+    }
+
+
+def with_own_constants(parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parts of which every piece can be dequantised by itself, whatever axes they are cut along.
+
+    Those of nf4 share a scale between 256 neighbours; here `nf4_absmax` is float32 and needs none.
+    """
+    if "nf4" not in parts:
+        return parts
+    return {"nf4": parts["nf4"], "nf4_absmax": _absmax(parts)}
+
+
 def multiply_quantized(
-    product: Callable, x: jax.Array, parts: dict, shape: tuple[int, ...], dtype
+    product: Callable, x: jax.Array, parts: dict, shape: tuple[int, ...] | None, dtype
 ) -> jax.Array:
     """`product(x, kernel)` with the kernel that `parts` stand for, as an array of `shape`.
 
-    The backward pass dequantises again. Otherwise every kernel would wait for it at full size.
+    Without one it stays the matrix [..., in, out] that was quantised. The backward pass dequantises
+    again. Otherwise every kernel would wait for it at full size.
     """
 
     def run(x, parts):
-        return product(x, dequantize(parts, dtype).reshape(shape))
+        kernel = dequantize(parts, dtype)
+        return product(x, kernel if shape is None else kernel.reshape(shape))
 
     return jax.checkpoint(run)(x, parts)
 
@@ -122,6 +155,8 @@ def _to_nf4(matrix):
 def _absmax(parts):
     """The constants [..., blocks, out] of nf4, float32."""
     codes = parts["nf4_absmax"]
+    if "nf4_scale" not in parts:
+        return codes
     flat = codes.reshape(*codes.shape[:-2], -1)
     scale = jnp.repeat(parts["nf4_scale"], _CONSTANTS, axis=-1)[..., : flat.shape[-1]]
     return (flat * scale + parts["nf4_mean"][..., None]).reshape(codes.shape)

@@ -98,7 +98,9 @@ class VLlama2(nn.Module):
       split_experts: every expert has arrays of its own (inference on CPU).
       attention_backend: of the decoder: "xla", or "cudnn" (GPU, float16 or bfloat16; see
         `attention.attend`). The tower chooses by platform.
-      moe_backend: of the experts' products, "blocks" or "ragged_dot" (see `grouped_matmul`).
+      moe_backend: of the experts' products, see `grouped_matmul.grouped_matmul`.
+      expert_exchange: how tokens travel to experts of other devices, "ring" or "all_to_all" (see
+        `expert_parallel.exchange`).
     """
 
     config: VLlama2Config
@@ -109,6 +111,7 @@ class VLlama2(nn.Module):
     split_experts: bool = False
     attention_backend: str = "xla"
     moe_backend: str = "blocks"
+    expert_exchange: str = "ring"
 
     def setup(self):
         """Build the networks under the names of `config.PARTS`."""
@@ -125,6 +128,7 @@ class VLlama2(nn.Module):
             split_experts=self.split_experts,
             attention_backend=self.attention_backend,
             moe_backend=self.moe_backend,
+            expert_exchange=self.expert_exchange,
             **common,
         )
 
