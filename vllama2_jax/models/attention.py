@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.models import splash
-from vllama2_jax.models.axes import layout_in_force, per_device
+from vllama2_jax.models.axes import divisible, layout_in_force, per_device
 from vllama2_jax.models.row_slices import WHOLE, Slices, shared_heads
 
 # Large and negative, yet finite: a row that may see nothing becomes uniform instead of NaN.
@@ -83,8 +83,8 @@ def attend(
       aligned: queries and keys are the same tokens in the same slots (S == L), and within a
         segment positions rise by one with the slot; then kernels may go by slots, and causal
         attention skips the upper triangle.
-      backend: of aligned attention: "xla" (default), "splash" (TPU) or "cudnn" (GPU, float16 or
-        bfloat16); other attention runs in XLA.
+      backend: of aligned attention: "xla" (default), "splash" (TPU) or "cudnn" (GPU). Other
+        attention runs in XLA, and so does float32, which cuDNN does not take.
 
     Returns:
       [B, L, H, D] in the dtype of `v`.
@@ -124,10 +124,7 @@ def _attend_within_rows(kernel, q, k, v, positions, segments, triangular):
     if layout is None:
         return kernel(q, k, v, positions, positions, segments, segments, slices=WHOLE)
 
-    def divided(name, size):
-        return name if size % layout.size(name) == 0 else None
-
-    rows, slots, heads = map(divided, ("batch", "length", "heads"), q.shape)
+    rows, slots, heads = map(divisible, ("batch", "length", "heads"), q.shape)
     slices = Slices(layout.axes(slots), layout.size(slots), balanced=triangular)
 
     def local(q, k, v, positions, segments):
@@ -204,6 +201,8 @@ def _attend_dense(q, k, v, mask):
 
 def _attend_cudnn(q, k, v, *where, causal, window, slices):
     """cuDNN's: it knows no segments, so it gets a mask, which it adds to the logits."""
+    if q.dtype == jnp.float32:
+        return _attend_xla(q, k, v, *where, causal=causal, window=window, slices=slices)
     mask = visible(*where, window=window, causal=causal)
     return jax.nn.dot_product_attention(
         q,

@@ -113,6 +113,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
 
 
+def divisible(name: str, size: int) -> str | None:
+    """A name for `per_device`: `name`, or None where its mesh axes do not divide `size`."""
+    layout = layout_in_force()
+    return name if layout is None or size % layout.size(name) == 0 else None
+
+
 def per_device(function: Callable, in_names, out_names) -> Callable:
     """`function` of each device's own parts (`jax.shard_map` over the whole mesh).
 

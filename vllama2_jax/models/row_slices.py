@@ -48,7 +48,12 @@ class Slices:
 
     def gather(self, x: jax.Array) -> jax.Array:
         """Whole rows [B, count * L, ...] of this device's slice [B, L, ...]."""
-        return jax.lax.all_gather(x, self.axes, axis=1, tiled=True) if self.axes else x
+        if not self.axes:
+            return x
+        # Along a new axis in front: XLA for TPUs makes the gradient's reduce-scatter along another
+        # axis an all-reduce where the rows are long.
+        slices = jax.lax.all_gather(x, self.axes, axis=0)
+        return jnp.moveaxis(slices, 0, 1).reshape(len(x), -1, *x.shape[2:])
 
     def exchange(self, x: jax.Array) -> jax.Array:
         """What `slots` says, of the slice [B, L, ...] that lies here; and back again."""
