@@ -1,12 +1,19 @@
 """Attention over positions and segments, one function for every decoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-BACKENDS = ("xla", "cudnn")
+from vllama2_jax.models import splash
+from vllama2_jax.models.axes import divisible, layout_in_force, per_device
+from vllama2_jax.models.row_slices import WHOLE, Slices, shared_heads
 
 # Large and negative, yet finite: a row that may see nothing becomes uniform instead of NaN.
 _MASKED = -1e30
+
+# So many queries at a time meet the keys in XLA, or an eighth of the row where that is fewer.
+_PIECE = 256
 
 
 def visible(
@@ -57,8 +64,11 @@ def attend(
     """Softmax attention with grouped key-value heads, scaled by 1 / sqrt(D).
 
     A query sees a key if both lie in the same nonzero segment, and position and window allow it
-    (see `visible`). Rows that see nothing give finite, meaningless numbers. Consecutive query
-    heads share a key-value head. The softmax runs in float32.
+    (see `visible`). Padding gives zeros. Consecutive query heads share a key-value head. The
+    softmax runs in float32.
+
+    Under a layout, rows, slots and heads of aligned attention lie on the devices that it says, as
+    far as their mesh axes divide them. Other attention (over a cache) is XLA's to split.
 
     Args:
       q: [B, L, H, D].
@@ -71,8 +81,10 @@ def attend(
       window: sliding window, or None.
       causal: hide later positions.
       aligned: queries and keys are the same tokens in the same slots (S == L), and within a
-        segment positions ascend with the slot; then causal attention skips the upper triangle.
-      backend: "xla" (default) or "cudnn" (GPU, float16 or bfloat16).
+        segment positions rise by one with the slot; then kernels may go by slots, and causal
+        attention skips the upper triangle.
+      backend: of aligned attention: "xla" (default), "splash" (TPU) or "cudnn" (GPU). Other
+        attention runs in XLA, and so does float32, which cuDNN does not take.
 
     Returns:
       [B, L, H, D] in the dtype of `v`.
@@ -88,27 +100,87 @@ def attend(
         )
     if aligned and q.shape[1] != k.shape[1]:
         raise ValueError(f"aligned attention needs as many keys as queries, not {k.shape[1]}")
-    if backend not in (None, *BACKENDS):
+    backend = backend or "xla"
+    if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(BACKENDS)}")
-    mask = visible(q_positions, kv_positions, q_segments, kv_segments, window=window, causal=causal)
-    if backend == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    if aligned and causal:
-        return _attend_triangle(q, k, v, mask)
-    return _attend_dense(q, k, v, mask)
+    if aligned:
+        kernel = functools.partial(BACKENDS[backend], causal=causal, window=window)
+        out = _attend_within_rows(kernel, q, k, v, q_positions, q_segments, causal and not window)
+    else:
+        where = (q_positions, kv_positions, q_segments, kv_segments)
+        out = _attend_dense(q, k, v, visible(*where, window=window, causal=causal))
+    return jnp.where((q_segments != 0)[..., None, None], out, 0)
 
 
-def _attend_triangle(q, k, v, mask):
-    """Dense attention in at most 8 chunks of queries, each over the keys up to its own end."""
+def _attend_within_rows(kernel, q, k, v, positions, segments, triangular):
+    """`kernel` on every device for its own rows, slots and heads.
+
+    Args:
+      kernel: one of `BACKENDS`.
+      q, k, v, positions, segments: as of `attend`.
+      triangular: whether late queries have more work than early ones.
+    """
+    layout = layout_in_force()
+    if layout is None:
+        return kernel(q, k, v, positions, positions, segments, segments, slices=WHOLE)
+
+    rows, slots, heads = map(divisible, ("batch", "length", "heads"), q.shape)
+    slices = Slices(layout.axes(slots), layout.size(slots), balanced=triangular)
+
+    def local(q, k, v, positions, segments):
+        k, v, kv_positions, kv_segments = map(slices.gather, (k, v, positions, segments))
+        q, positions, segments = map(slices.exchange, (q, positions, segments))
+        where = (positions, kv_positions, segments, kv_segments)
+        return slices.exchange(kernel(q, k, v, *where, slices=slices))
+
+    k, v = (shared_heads(x, layout.size(heads)) for x in (k, v))
+    token, head = (rows, slots), (rows, slots, heads, None)
+    return per_device(local, (head, head, head, token, token), head)(q, k, v, positions, segments)
+
+
+def _attend_xla(q, k, v, *where, causal, window, slices):
+    """XLA's: chunks of queries, each over the keys up to its own end where that is known."""
     length = q.shape[1]
-    chunk = max(256, -(-length // (8 * 128)) * 128)
+    triangle = causal and slices.count == 1
+    chunk = -(-length // (8 * _PIECE)) * _PIECE if triangle else length
+    q_positions, kv_positions, q_segments, kv_segments = where
     outputs = []
     for start in range(0, length, chunk):
-        end = min(start + chunk, length)
+        own = slice(start, min(start + chunk, length))
+        seen = slice(0, own.stop if triangle else k.shape[1])
         outputs.append(
-            _attend_dense(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+            _attend_in_pieces(
+                *(x[:, own] for x in (q, q_positions, q_segments)),
+                *(x[:, seen] for x in (k, v, kv_positions, kv_segments)),
+                causal=causal,
+                window=window,
+            )
         )
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def _attend_in_pieces(
+    q, q_positions, q_segments, k, v, kv_positions, kv_segments, *, causal, window
+):
+    """A piece of the queries at a time; the backward pass computes a piece's weights again."""
+
+    def attend_piece(q, positions, segments):
+        where = (positions, kv_positions, segments, kv_segments)
+        return _attend_dense(q, k, v, visible(*where, causal=causal, window=window))
+
+    queries = (q, q_positions, q_segments)
+    length = q.shape[1]
+    count = -(-length // _PIECE)
+    if count == 1:
+        return attend_piece(*queries)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, count * _PIECE - length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, _PIECE, *x.shape[2:]), 1, 0)
+
+    one = jax.checkpoint(attend_piece, prevent_cse=False)
+    out = jax.lax.map(lambda piece: one(*piece), tuple(map(split, queries)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
 
 
 def _attend_dense(q, k, v, mask):
@@ -125,3 +197,29 @@ def _attend_dense(q, k, v, mask):
     )
     out = (out / total[..., None]).astype(v.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
+
+
+def _attend_cudnn(q, k, v, *where, causal, window, slices):
+    """cuDNN's: it knows no segments, so it gets a mask, which it adds to the logits."""
+    if q.dtype == jnp.float32:
+        return _attend_xla(q, k, v, *where, causal=causal, window=window, slices=slices)
+    mask = visible(*where, window=window, causal=causal)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask[:, None],
+        is_causal=causal and slices.count == 1,  # again, so that it skips the upper triangle
+        implementation="cudnn",
+    )
+
+
+def _attend_splash(q, k, v, *where, causal, window, slices):
+    """A TPU's: by slots instead of positions, and padding sees padding."""
+    *_, q_segments, kv_segments = where
+    return splash.attend(
+        q, k, v, q_segments, kv_segments, causal=causal, window=window, slices=slices
+    )
+
+
+BACKENDS = {"xla": _attend_xla, "splash": _attend_splash, "cudnn": _attend_cudnn}

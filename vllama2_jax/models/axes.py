@@ -176,6 +176,12 @@ def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) 
     return x
 
 
+def divisible(name: str, size: int) -> str | None:
+    """A name for `per_device`: `name`, or None where its mesh axes do not divide `size`."""
+    layout = layout_in_force()
+    return name if layout is None or size % layout.size(name) == 0 else None
+
+
 def per_device(function: Callable, in_names, out_names) -> Callable:
     """`function` of each device's own parts (`jax.shard_map` over the whole mesh).
 

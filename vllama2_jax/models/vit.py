@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vllama2_jax.models import splash
 from vllama2_jax.models.activations import gelu_tanh, quick_gelu
-from vllama2_jax.models.axes import constrain
+from vllama2_jax.models.axes import constrain, divisible, per_device
 from vllama2_jax.models.config import ViTConfig
 from vllama2_jax.models.convolution import convolve
 from vllama2_jax.models.matmul import dense_dot
@@ -77,6 +78,7 @@ class Attention(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    backend: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -94,7 +96,7 @@ class Attention(nn.Module):
                 **common,
             )(x)
 
-        out = attend_all(project("query"), project("key"), project("value"))
+        out = attend_all(*map(project, ("query", "key", "value")), backend=self.backend)
         return nn.DenseGeneral(
             self.config.width,
             dot_general=dense_dot,
@@ -106,20 +108,46 @@ class Attention(nn.Module):
         )(out)
 
 
-def attend_all(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def attend_all(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, backend: str = "xla"
+) -> jax.Array:
     """Attention without a mask; logits and softmax in float32.
 
     Args:
       query: [N, L, H, D].
       key: [N, L, H, D].
       value: [N, L, H, D].
+      backend: a key of `attention.BACKENDS`. "xla" takes a few heads at a time on CPU.
 
     Returns:
       [N, L, H, D].
-    """
 
+    Raises:
+      ValueError: for an unknown backend.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; known: {', '.join(_BACKENDS)}")
+    names = (divisible("images", len(query)), None, None, None)
+    return per_device(_BACKENDS[backend], (names,) * 3, names)(query, key, value)
+
+
+def _attend_xla(query, key, value):
     whole = jax.nn.dot_product_attention
     return jax.lax.platform_dependent(query, key, value, cpu=_attend_in_cache, default=whole)
+
+
+def _attend_splash(query, key, value):
+    ones = jnp.ones(query.shape[:2], jnp.int32)
+    return splash.attend(query, key, value, ones, ones, causal=False, window=None)
+
+
+def _attend_cudnn(query, key, value):
+    if query.dtype == jnp.float32:  # which cuDNN does not take
+        return _attend_xla(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+_BACKENDS = {"xla": _attend_xla, "splash": _attend_splash, "cudnn": _attend_cudnn}
 
 
 def _attend_in_cache(query, key, value):
@@ -189,12 +217,14 @@ class Block(nn.Module):
     config: ViTConfig
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    attention_backend: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """[N, L, W] -> ([N, L, W], None), as `nn.scan` wants it."""
         parts = (self.config, self.dtype, self.param_dtype)
-        x = x + Attention(*parts, name="attention")(_layer_norm(*parts, "norm1")(x))
+        attention = Attention(*parts, self.attention_backend, name="attention")
+        x = x + attention(_layer_norm(*parts, "norm1")(x))
         x = x + Mlp(*parts, name="mlp")(_layer_norm(*parts, "norm2")(x))
         return constrain(x, "images", None, None), None
 
@@ -207,12 +237,14 @@ class VisionTower(nn.Module):
       dtype: of activations and matmuls; norms and softmax are float32.
       param_dtype: of the parameters that `init` makes.
       remat: what the backward pass keeps of a block, a name in `remat.REMAT_POLICIES`.
+      attention_backend: see `attend_all`.
     """
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention_backend: str = "xla"
 
     @nn.compact
     def __call__(self, frames: jax.Array) -> jax.Array:
@@ -262,5 +294,6 @@ class VisionTower(nn.Module):
                 length=config.num_blocks_used,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = blocks(config, self.dtype, self.param_dtype, name="blocks")(x)
+            parts = (config, self.dtype, self.param_dtype, self.attention_backend)
+            x, _ = blocks(*parts, name="blocks")(x)
         return x[:, 1:] if config.class_token else x

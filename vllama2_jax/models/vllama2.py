@@ -96,8 +96,8 @@ class VLlama2(nn.Module):
       scan_layers: one scanned stack of decoder layers (training) or a Python loop over layers with
         parameters of their own (inference; see docs/decisions/decoder-layers.md).
       split_experts: every expert has arrays of its own (inference on CPU).
-      attention_backend: of the decoder: "xla", or "cudnn" (GPU, float16 or bfloat16; see
-        `attention.attend`). The tower chooses by platform.
+      attention_backend: of the decoder and the vision tower, "xla", "splash" (TPU) or "cudnn"
+        (GPU): see `attention.attend`. `parallel.backends` says which suits a mesh.
       moe_backend: of the experts' products, see `grouped_matmul.grouped_matmul`.
       expert_exchange: how tokens travel to experts of other devices, "ring" or "all_to_all" (see
         `expert_parallel.exchange`).
@@ -116,7 +116,12 @@ class VLlama2(nn.Module):
     def setup(self):
         """Build the networks under the names of `config.PARTS`."""
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.vision = VisionTower(config=self.config.vision, remat=self.remat, **common)
+        self.vision = VisionTower(
+            config=self.config.vision,
+            remat=self.remat,
+            attention_backend=self.attention_backend,
+            **common,
+        )
         self.connector = Connector(config=self.config.connector, **common)
         if self.config.audio:
             self.audio = Beats(config=self.config.audio, remat=self.remat, **common)
