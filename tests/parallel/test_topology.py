@@ -79,6 +79,7 @@ def test_libtpu_describes_every_chip_of_a_slice_and_says_nothing(name, capfd):
     places = {(getattr(d, "slice_index", 0), *d.coords[: len(wanted.shape)]) for d in found}
     assert len(places) == len(found) == wanted.num_chips
     assert math.prod(max(axis) + 1 for axis in zip(*places, strict=True)) == wanted.num_chips
+    assert {d.device_kind for d in found} == {wanted.chip.device_kind}
     assert capfd.readouterr() == ("", "")
 
 
