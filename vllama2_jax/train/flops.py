@@ -1,13 +1,10 @@
-"""FLOPs of a training step, and what a device could do at most.
+"""FLOPs of a training step.
 
 `models/flops.py` says what is counted: matrix products and convolutions, of every slot.
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
-
-import jax.numpy as jnp
 
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.flops import forward_products
@@ -122,58 +119,3 @@ def step_flops(
         model += product.flops * passes
         hardware += product.flops * passes
     return StepFlops(model, hardware)
-
-
-# Per JAX device, without sparsity. TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)";
-# from v4 on, a chip is a device. Float32 products run in one bfloat16 pass there, and as
-# TensorFloat-32 on NVIDIA from Ampere on, unless JAX is asked for more (docs.jax.dev, "Matmul
-# precision").
-_TPU_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-# NVIDIA's datasheets of each card; "with sparsity" is twice what is written here. (16-bit tensor
-# cores, float32); Volta and Turing have no bfloat16, and plain float32. Names are whole, since a
-# slice of a card ("... MIG 1g.10gb") is not the card.
-_GPU_PEAKS = {
-    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": (312e12, 156e12),
-    r"H100 \d+GB HBM\d": (989.5e12, 494.5e12),
-    r"H100 PCIe": (756.5e12, 378e12),
-    r"H100 NVL": (835.5e12, 417.5e12),
-    r"H200": (989.5e12, 494.5e12),
-    r"H200 NVL": (835.5e12, 417.5e12),
-    r"L4": (121e12, 60e12),
-    r"L40S": (362e12, 183e12),
-    r"V100-SXM2-\d+GB": (125e12, 15.7e12),
-    r"V100-PCIE-\d+GB": (112e12, 14e12),
-    r"T4": (65e12, 8.1e12),
-}
-_WITHOUT_BFLOAT16 = ("V100", "T4")
-
-
-def peak_flops(device_kind: str, dtype) -> float | None:
-    """FLOP/s that the maker states for one device's matrix products.
-
-    Args:
-      device_kind: as `jax.devices()[0].device_kind`.
-      dtype: of the products' factors: bfloat16, float16 or float32.
-
-    Returns:
-      Operations per second, or None where no figure is known, as for a CPU.
-    """
-    dtype = jnp.dtype(dtype).name
-    if device_kind in _TPU_PEAKS:
-        return _TPU_PEAKS[device_kind] if dtype in ("bfloat16", "float32") else None
-    card = re.sub("^(NVIDIA|Tesla) ", "", device_kind)
-    for pattern, (narrow, wide) in _GPU_PEAKS.items():
-        if re.fullmatch(pattern, card):
-            if dtype == "bfloat16" and card.startswith(_WITHOUT_BFLOAT16):
-                return None
-            return {"bfloat16": narrow, "float16": narrow, "float32": wide}.get(dtype)
-    return None

@@ -9,9 +9,10 @@ import numpy as np
 
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.lora import kernel_path
+from vllama2_jax.parallel.chips import peak_flops
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.feeding import Feeding
-from vllama2_jax.train.flops import peak_flops, step_flops
+from vllama2_jax.train.flops import step_flops
 from vllama2_jax.train.loss import dataset_losses
 from vllama2_jax.train.optimizer import learning_rate
 from vllama2_jax.train.speed import Speed
