@@ -182,7 +182,7 @@ def relative(found, wanted) -> float:
 def main():
     differences, wanted = {}, sys.argv[1:]
     for config in networks():
-        if wanted and config.name not in wanted[0]:
+        if wanted and not any(case.startswith(config.name) for case in wanted):
             continue
         loss, gradients, parameters = results(config, None)
         for name, mesh in MESHES.items():

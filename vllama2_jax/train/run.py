@@ -24,6 +24,7 @@ from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.parallel import hosts
+from vllama2_jax.parallel.backends import attention_backend, moe_backend
 from vllama2_jax.parallel.mesh import make_layout
 from vllama2_jax.parallel.sharding import param_axes
 from vllama2_jax.progress import bar
@@ -258,7 +259,14 @@ def make_run_step(
 ):
     """The step of a run, of `make_step`; `where` is of `state_shardings`."""
     dtype = float_dtype(config.dtype)
-    model = VLlama2(network, dtype=dtype, remat=config.remat)
+    devices = layout.mesh.devices if layout else jax.devices()[:1]
+    model = VLlama2(
+        network,
+        dtype=dtype,
+        remat=config.remat,
+        attention_backend=attention_backend(devices),
+        moe_backend=moe_backend(devices) if network.decoder.num_experts else "blocks",
+    )
     return make_step(
         functools.partial(batch_loss, model, config=config.loss, datasets=datasets),
         optimizer,
