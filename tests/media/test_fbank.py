@@ -4,7 +4,7 @@ import audio_oracle
 import numpy as np
 import pytest
 
-from vllama2_jax.media.fbank import filter_bank, num_frames, num_samples
+from vllama2_jax.media.fbank import SILENCE, filter_bank, num_begun, num_frames, num_samples
 
 SECONDS = 30
 
@@ -46,6 +46,22 @@ def test_bands_beside_a_pure_tone_are_exact_also_for_float32_samples():
 
 def test_silence_is_the_floor_everywhere():
     np.testing.assert_allclose(filter_bank(np.zeros(16000, np.float32)), -15.942385, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 399, 400, 10240, 10241, 16000])
+def test_behind_the_samples_stands_silence(count):
+    samples = _signals()["noise"][:count].astype(np.float32)
+    bank = filter_bank(samples, 250)
+    np.testing.assert_array_equal(bank, filter_bank(np.pad(samples, (0, num_samples(250) - count))))
+    # Windows that begin behind them are silent to the last bit, whether they share a block or not.
+    heard = (bank != SILENCE).any(axis=1)
+    assert heard[: num_begun(count)].all() and not heard[num_begun(count) :].any()
+
+
+def test_numpys_own_buffer_stays_as_it_is():
+    before = np.getbufsize()
+    filter_bank(np.ones(16000, np.float32))
+    assert np.getbufsize() == before
 
 
 @pytest.mark.parametrize("samples", [0, 399, 400, 559, 560, 16000, 20880, 480000])

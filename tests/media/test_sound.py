@@ -17,6 +17,7 @@ from vllama2_jax.media import PAPER, REFERENCE, MediaError, SoundSpec, load_soun
 from vllama2_jax.media.audio import AudioFile
 from vllama2_jax.media.errors import Limits
 from vllama2_jax.media.fbank import filter_bank
+from vllama2_jax.media.guard import DECODER
 from vllama2_jax.media.waveform import piece_bounds
 
 SHORT = SoundSpec(4.0)
@@ -171,6 +172,23 @@ def test_reference_hears_eight_pieces_of_two_seconds_of_a_video(film):
     same_bank(sound.bank, as_bank(np.concatenate(pieces), 30.0))
     assert [round(first * 16000) for first, _ in sound.heard] == starts
     np.testing.assert_allclose(sound.bank[1600:], -15.942385, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset, item", [(REFERENCE, 2), (REFERENCE_EXACT, 4)])
+def test_silence_behind_the_sound_stays_out_of_the_pipe(film, monkeypatch, preset, item):
+    path, _ = film
+    sent, ask = [], DECODER.ask
+
+    def listening(*args, **details):
+        result, body = ask(*args, **details)
+        sent.append(body)
+        return result, body
+
+    monkeypatch.setattr(DECODER, "ask", listening)
+    sound = load_sound(path, spec=SoundSpec(), preset=preset, joint=True)
+    ((rows, bands),) = [body.shape for body in sent]
+    assert rows == 1600 and sent[0].nbytes == rows * bands * item
+    assert sound.bank.shape == (2998, 128) and sound.bank.dtype == np.float32
 
 
 def test_paper_hears_the_part_of_a_video_that_is_seen(film):

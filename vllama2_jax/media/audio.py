@@ -211,7 +211,7 @@ class AudioFile:
             self._stream = self._pick_stream()
             packets = self._packets()
         base = self._stream.time_base
-        # In the packets' own units, of which there are many.
+        # In the packets' own units, so that none of the many has to be turned into seconds.
         first = (start - _LEAD_SECONDS + self._begin) / base
         last = (end + _LEAD_SECONDS + self._begin) / base
         decode = self._stream.codec_context.decode
