@@ -33,6 +33,7 @@ RECIPES = {
         "tiny_audio_pretrain",
         "tiny_audio_sft",
         "tiny_av_joint",
+        "decoder_only",
     )
 }
 _KINDS = ("config", "fiddler", "set")

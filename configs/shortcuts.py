@@ -10,6 +10,8 @@ from vllama2_jax.configs.fiddlers import lora
 from vllama2_jax.configs.parse import parse
 from vllama2_jax.data.files import is_remote
 from vllama2_jax.models.zoo import PUBLISHED_PARTS, model_config
+from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.rules import MESH_AXES
 from vllama2_jax.train.config import STORED, SourceConfig, TrainConfig
 from vllama2_jax.weights import describe
 
@@ -31,6 +33,7 @@ class Shortcuts:
       save_every: steps between two checkpoints.
       lora: rank of adapters on the language model; its kernels then stay frozen.
       workers: processes that read and decode.
+      mesh: layout and parts, "fsdp+tensor:tensor=4,fsdp=-1", or either alone.
       seed: of new parameters and of every order.
     """
 
@@ -44,6 +47,7 @@ class Shortcuts:
     save_every: int | None = None
     lora: int | None = None
     workers: int | None = None
+    mesh: str | None = None
     seed: int | None = None
 
     def __post_init__(self):
@@ -117,6 +121,8 @@ def _apply(config: fdl.Config[TrainConfig], shortcuts: Shortcuts) -> None:
         config.save.every = shortcuts.save_every
     if shortcuts.workers is not None:
         config.data.workers = shortcuts.workers
+    if shortcuts.mesh is not None:
+        _lay_out(config.mesh, shortcuts.mesh)
     if shortcuts.seed is not None:
         config.seed = shortcuts.seed
     if shortcuts.lora is not None:
@@ -126,6 +132,21 @@ def _apply(config: fdl.Config[TrainConfig], shortcuts: Shortcuts) -> None:
                 f"fiddler:qlora({shortcuts.lora})"
             )
         lora(config, shortcuts.lora)
+
+
+def _lay_out(mesh: fdl.Config[MeshConfig], text: str) -> None:
+    """Set what a text like "fsdp+tensor:tensor=4,fsdp=-1" says of a mesh."""
+    layout, _, sizes = text.partition(":") if "=" not in text or ":" in text else ("", "", text)
+    if layout:
+        mesh.layout = layout
+    for part in filter(None, sizes.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not size.lstrip("-").isdecimal():
+            raise ValueError(
+                f"--mesh {text}: {part!r} is not AXIS=SIZE; axes are {', '.join(MESH_AXES)}, "
+                "dcn_data, dcn_fsdp, as in fsdp+tensor:tensor=4,fsdp=-1"
+            )
+        setattr(mesh, axis, int(size))
 
 
 def _start_from(config: fdl.Config[TrainConfig], model: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vllama2_jax.cli.ask import add_ask, add_chat
 from vllama2_jax.cli.convert import add_convert
 from vllama2_jax.cli.data import add_data
+from vllama2_jax.cli.plan import add_plan
 from vllama2_jax.cli.train import add_train
 from vllama2_jax.version import __version__
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add_ask(command)
     add_chat(command)
     add_train(command)
+    add_plan(command)
     add_convert(command)
     add_data(command)
     command("doctor", _doctor, "check this machine: versions, devices, a known answer")

@@ -30,6 +30,11 @@ def add_train(command) -> None:
         help="train adapters on the decoder, and the connectors that the recipe trains",
     )
     train.add_argument("--workers", type=int, metavar="N", help="processes that decode; 0 is none")
+    train.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="layout and parts over devices, as in fsdp+tensor:tensor=4,fsdp=-1 (fsdp over all)",
+    )
     train.add_argument("--seed", type=int, help="of new parameters and of every order")
     train.add_argument(
         "--config",

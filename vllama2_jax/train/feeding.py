@@ -22,6 +22,7 @@ from vllama2_jax.data.sources import open_source
 from vllama2_jax.data.toybox.source import ToyboxListener, ToyboxReader, ToyboxSource
 from vllama2_jax.media import Limits
 from vllama2_jax.models.axes import Layout
+from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import Batch
 from vllama2_jax.parallel.placing import place_batch, row_share
 from vllama2_jax.progress import bar
@@ -110,8 +111,7 @@ def make_feeding(
         epochs = 1
     media_tokens = card.config.num_media_tokens()
     sound_tokens = card.config.num_sound_tokens
-    beside = media_tokens + sound_tokens - 1
-    max_length = data.max_length or _rounded(beside + data.max_tokens)
+    max_length = longest_row(data, card.config)
     form = RecordFormat(
         tokenizer=tokenizer,
         template=card.template or choose_template(card.config.decoder.family, tokenizer),
@@ -201,6 +201,12 @@ def _window(epoch: int, rows: int) -> int:
     steps. But some steps' worth, since records of like length share a step.
     """
     return min(epoch * -(-8 * rows // epoch), _WINDOW) if epoch < _WINDOW else _WINDOW
+
+
+def longest_row(data: DataConfig, network: VLlama2Config) -> int:
+    """Slots of the longest rows: room for all ids of a record, and for its media."""
+    beside = network.num_media_tokens() + network.num_sound_tokens - 1
+    return data.max_length or _rounded(beside + data.max_tokens)
 
 
 def default_buckets(

@@ -14,7 +14,7 @@ ACTIONS = ("train", "lora", "freeze")
 # What the backward pass of a block computes again. "full" begins with the block's input, but never
 # needs its last product, whose result is only added; "dots" keeps the products with parameters, but
 # not those of experts, which are no plain `dot_general`.
-_EXPERTS = {"decoder/moe/gate_up", "decoder/moe/down"}  # the router's gradient needs their result
+_EXPERTS = {"decoder/moe/gate_up"}  # `down` is the last product, here too (`models/moe.py`)
 _SCORES = {"vision/attention/scores", "audio/attention/scores", "decoder/attention/scores"}
 _RECOMPUTED = {
     "none": frozenset(),

@@ -41,14 +41,7 @@ class StepReport:
         """
         self._config, self._network, self._feeding = config, network, feeding
         self._actions = part_actions(assigned)
-        share = network.decoder.top_k / max(network.decoder.num_experts, 1)  # of experts in use
-        self._adapter_params = round(
-            sum(
-                leaf.size * (share if re.search("/moe/(gate|up|down)_", path) else 1)
-                for path, leaf in trainable.items()
-                if path != kernel_path(path)
-            )
-        )
+        self._adapter_params = adapter_params(network, trainable)
         steps = len(feeding.schedule)
         # All at once: a rate that is computed in its turn waits for the steps in front of it.
         self._rates = np.asarray(learning_rate(config.optimizer, steps)(jnp.arange(steps)))
@@ -95,6 +88,18 @@ class StepReport:
                 adapter_params=self._adapter_params,
             ).model
         return self._flops[length]
+
+
+def adapter_params(network: VLlama2Config, trainable: dict[str, jax.Array]) -> int:
+    """Parameters of adapters, as often as a slot meets them, for `flops.step_flops`."""
+    share = network.decoder.top_k / max(network.decoder.num_experts, 1)  # of experts in use
+    return round(
+        sum(
+            leaf.size * (share if re.search("/moe/(gate|up|down)_", path) else 1)
+            for path, leaf in trainable.items()
+            if path != kernel_path(path)
+        )
+    )
 
 
 def in_words(record: dict) -> str:

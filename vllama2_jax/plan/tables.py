@@ -1,0 +1,110 @@
+"""A plan as people read it."""
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from vllama2_jax.parallel.collectives import totals
+from vllama2_jax.parallel.published import ASSUMED, published_rows
+from vllama2_jax.parallel.roofline import assumptions
+from vllama2_jax.plan.plan import Plan
+
+_CONVENTION = (
+    "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
+    "as they run; `model` without and `hardware` with what is computed again. Padding counts as "
+    "work; how much of a batch it is, `vllama2 train --dry-run` tells where the records are.",
+)
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print a plan, and everything that it takes for granted."""
+    console.print(_summary(plan))
+    console.print(_collectives(plan))
+    if plan.sent.kernels:
+        kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
+        console.print(f"Kernels of a step: {kernels}", highlight=False)
+    if plan.roofline is None:
+        console.print("No roofline: no peak is stated for these chips.")
+        return
+    for sentence in (*_CONVENTION, *assumptions(plan.topology)):
+        console.print(f"- {sentence}", highlight=False)
+
+
+def show_published(console: Console) -> None:
+    """Print the same roofline beside what others have measured."""
+    table = Table("model", "chips", "batch", "measured", "hidden", "exposed", "source")
+    for row in published_rows():
+        table.add_row(
+            row.name,
+            row.topology,
+            row.batch,
+            f"{row.measured:.1%}",
+            f"{row.hidden.utilisation:.1%}",
+            f"{row.exposed.utilisation:.1%}",
+            row.source,
+        )
+    console.print(Group("The same roofline beside MaxText's measured utilisation:", table))
+    for sentence in ASSUMED:
+        console.print(f"- {sentence}", highlight=False)
+
+
+def gigabytes(count: float | None) -> str:
+    """In units of 10^9 bytes."""
+    return "-" if count is None else f"{count / 1e9:,.2f} GB"
+
+
+def _summary(plan: Plan) -> Table:
+    memory, roof, stage = plan.memory, plan.roofline, plan.stage
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    shape = plan.shape
+    media = f"{shape.clips} clips and {shape.sounds} sounds"
+    table = Table(show_header=False, title=f"{plan.network.name}, {plan.config.name}")
+    rows = [
+        ("on", f"{plan.topology.name}, {plan.topology.num_chips} chips; {mesh or 'one device'}"),
+        ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each"),
+        ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
+        ("arguments", f"{gigabytes(memory.arguments)} a chip: parameters, moments, the batch"),
+        ("temporaries", gigabytes(memory.temporaries)),
+        ("peak", f"{gigabytes(memory.peak)} of {gigabytes(memory.limit)}"),
+        ("compiled in", f"{plan.compile_seconds:.0f} s"),
+        ("FLOPs of a step", f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware"),
+        ("sent", f"{gigabytes(plan.wire_bytes)} by each chip and step"),
+    ]
+    if roof:
+        tokens = shape.rows * shape.length / roof.step_seconds
+        rows += [
+            ("compute", f"{roof.compute_seconds:.3f} s"),
+            ("memory", f"{roof.hbm_seconds:.3f} s"),
+            ("links", f"{roof.ici_seconds:.3f} s, {roof.exposed_seconds:.3f} s of it exposed"),
+            ("step", f"{roof.step_seconds:.3f} s, {tokens:,.0f} slots/s"),
+            ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
+        ]
+    if roof and stage:
+        hours = stage.steps * roof.step_seconds / 3600
+        rows.append(
+            (
+                "whole stage",
+                f"{stage.samples:,} samples, {stage.steps:,} steps: {hours:,.1f} hours, "
+                f"{hours * plan.topology.num_chips:,.0f} chip-hours at most",
+            )
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _collectives(plan: Plan) -> Table:
+    table = Table(title="Collectives of a chip and step")
+    for name in ("kind", "axis"):
+        table.add_column(name)
+    for name in ("runs", "results", "on the wire", "overlapped"):
+        table.add_column(name, justify="right")
+    for total in totals(plan.sent.collectives):
+        table.add_row(
+            total.kind,
+            total.axis,
+            f"{total.count:,}",
+            gigabytes(total.bytes),
+            gigabytes(total.wire_bytes),
+            gigabytes(total.overlapped_bytes),
+        )
+    return table
