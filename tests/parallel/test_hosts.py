@@ -1,0 +1,85 @@
+"""Processes of one run find each other, agree, and fail together with words."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllama2_jax.parallel import hosts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def found():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "-m", "tests.parallel.two_processes"]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), outputs
+    return [json.loads(out) for out, _ in outputs]
+
+
+def test_processes_find_each_other_by_three_variables(found):
+    assert [(one["process"], one["processes"]) for one in found] == [(0, 2), (1, 2)]
+
+
+def test_what_is_the_same_passes_and_what_differs_is_named(found):
+    assert [one["same"] for one in found] == [None, None]
+    for one in found:
+        assert "processes 0 and 1 differ in seed" in one["differs"].replace("1 and 0", "0 and 1")
+
+
+def test_the_first_does_what_is_done_once_and_its_failure_is_everyones(found):
+    assert [one["did"] for one in found] == [[0], []]
+    assert found[0]["failed"] == "error: the disk is full"
+    assert found[1]["failed"] == "error: the first process says: the disk is full"
+
+
+def test_all_stop_behind_the_same_step_when_one_is_told(found):
+    assert found[0]["stopped"] == found[1]["stopped"] == 5
+
+
+def test_waiting_for_a_process_that_does_not_come_ends_with_words(found):
+    assert "not all 2 processes reached 'alone' within 1 s" in found[0]["alone"]
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_a_missing_variable_is_named(monkeypatch, name):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    for other in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(other, "1")
+    monkeypatch.delenv(name)
+    with pytest.raises(hosts.HostsError, match=f"{name} is missing"):
+        hosts.join()
+
+
+def test_one_process_alone_needs_nobody():
+    hosts.agree("alone", {"steps": 1})
+    hosts.barrier("alone", 0.1)
+    assert hosts.is_first() and not hosts.several()
