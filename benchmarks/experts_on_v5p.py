@@ -28,17 +28,9 @@ from vllama2_jax.models.decoder import RMSNorm
 from vllama2_jax.models.moe import MoE
 from vllama2_jax.models.remat import rematerialised
 from vllama2_jax.models.zoo import MIXTRAL_8X7B
-from vllama2_jax.parallel.backends import moe_backend
+from vllama2_jax.parallel.backends import compiler_options, moe_backend
 from vllama2_jax.parallel.rules import LAYOUTS, MESH_AXES
 
-OVERLAP = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-}
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -89,7 +81,8 @@ def compiled(layout, args):
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, x))
     lowered = jax.jit(jax.grad(loss, (0, 1)), out_shardings=shardings).lower(params, x)
-    return lowered.compile(compiler_options=OVERLAP if args.overlap else None)
+    options = compiler_options(layout.mesh.devices) if args.overlap else None
+    return lowered.compile(compiler_options=options)
 
 
 def collectives(hlo):

@@ -13,6 +13,23 @@ import numpy as np
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 _EXPERTS = {"tpu": "megablox", "gpu": "tokamax", "cpu": "blocks"}
 
+# Let gathers of weights travel while products run. The last two carry them through Pallas kernels,
+# as those of experts are; without, XLA gathers first and multiplies then. Reduce-scatters stay
+# synchronous on v5p with every option that was tried (libtpu 0.0.42).
+_OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+
+
+def compiler_options(devices: Iterable[jax.Device]) -> dict[str, bool]:
+    """Options of XLA for a program over several devices, as `jax.jit` takes them."""
+    return _OVERLAP if _platform(devices) == "tpu" else {}
+
 
 def attention_backend(devices: Iterable[jax.Device]) -> str:
     """For `VLlama2(attention_backend=...)`, by the platform of a mesh's devices.
@@ -43,10 +60,14 @@ def moe_backend(devices: Iterable[jax.Device]) -> str:
 
 
 def _of_platform(backends, devices):
-    platforms = {device.platform for device in np.asarray(devices).flat}
-    if len(platforms) != 1 or not platforms <= set(backends):
+    platform = _platform(devices)
+    if platform not in backends:
         raise ValueError(
-            f"a mesh of {' and '.join(sorted(platforms))} devices runs no kernel that is known "
-            f"here; known platforms: {', '.join(backends)}"
+            f"a mesh of {platform} devices runs no kernel that is known here; known platforms: "
+            f"{', '.join(backends)}"
         )
-    return backends[platforms.pop()]
+    return backends[platform]
+
+
+def _platform(devices) -> str:
+    return " and ".join(sorted({device.platform for device in np.asarray(devices).flat}))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from vllama2_jax.models.axes import Layout, using
+from vllama2_jax.parallel.backends import compiler_options
 from vllama2_jax.parallel.sharding import optimizer_shardings, whole
 from vllama2_jax.train.loss import LossSums, reciprocal
 from vllama2_jax.train.trainable import combine
@@ -204,7 +205,12 @@ def make_step(
 
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole(layout)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, whole(layout)),
+        compiler_options=compiler_options(layout.mesh.devices) or None,
+    )
 
 
 def _norms(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
