@@ -244,7 +244,8 @@ class RunCheckpoints:
 
         Args:
           step: one of `steps`.
-          trainable, optimizer: arrays, or shapes and dtypes, of what is expected.
+          trainable, optimizer: arrays, or shapes and dtypes, of what is expected; where they have
+            shardings, the arrays go there, however many devices wrote them.
 
         Raises:
           CheckpointError: if something else lies there, or it cannot be read.
@@ -271,7 +272,14 @@ class RunCheckpoints:
         }
 
     def _read(self, step: int, item: str, expected, where: str):
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, expected)
+        # A place for every array: else Orbax wants the devices that it was saved from.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here
+            ),
+            expected,
+        )
         try:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
