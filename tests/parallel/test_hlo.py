@@ -123,3 +123,19 @@ def test_groups_of_one_device_send_nothing_and_every_branch_counts():
     lines = f"""%which = s32[] constant(0)
   ROOT %c = f32[8,8] conditional(%which, %a, %a, %a), {called}"""
     assert sent(lines, branches) == [("all-reduce", 256, False, "fsdp")] * 2
+
+
+def test_a_kernel_inside_a_fusion_is_named():
+    text = """HloModule m, num_partitions=4
+
+%carrier (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %gmm.3 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %f = f32[8]{0} fusion(%a), kind=kCustom, calls=%carrier
+}
+"""
+    assert communication(text, {"fsdp": 4}).kernels == {"gmm": 1}

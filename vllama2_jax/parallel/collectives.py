@@ -123,8 +123,8 @@ def communication(
         instruction = run.instruction
         if run.uncounted:
             uncounted.append(instruction.name)
-        if instruction.kernel:
-            kernels[instruction.kernel] += run.times
+        for kernel in _kernels(module, instruction):
+            kernels[kernel] += run.times
         for sent in _sent(module, run.computation, instruction):
             collective = _collective(sent, run.times, mesh)
             if collective.group_size > 1:
@@ -229,6 +229,16 @@ def _inside(module, caller):
                 yield instruction
             elif instruction.opcode in ("fusion", "call"):
                 yield from _inside(module, instruction)
+
+
+def _kernels(module, instruction):
+    """Names of the kernels that an instruction runs, itself or in a fusion that carries them."""
+    if instruction.kernel:
+        yield instruction.kernel
+    elif instruction.opcode == "fusion":
+        for name in instruction.called("calls"):
+            for inner in module.computations[name].values():
+                yield from _kernels(module, inner)
 
 
 def _has(computation, target):
