@@ -176,6 +176,25 @@ def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) 
     return x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_of_shares(x, axes):
+    """Inside `per_device`: the sum over devices that all go on with it.
+
+    Their gradients are alike, and need no sum.
+
+    Args:
+      x: this device's share.
+      axes: of the mesh.
+    """
+    return jax.lax.psum(x, axes)
+
+
+sum_of_shares.defvjp(
+    lambda x, axes: (sum_of_shares(x, axes), None),
+    lambda axes, _, grad: (grad * jax.lax.axis_size(axes),),
+)
+
+
 def divisible(name: str, size: int) -> str | None:
     """A name for `per_device`: `name`, or None where its mesh axes do not divide `size`."""
     layout = layout_in_force()

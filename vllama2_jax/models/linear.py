@@ -6,10 +6,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from vllama2_jax.models.axes import constrain
+from vllama2_jax.models.axes import (
+    constrain,
+    divisible,
+    gather,
+    layout_in_force,
+    per_device,
+    sum_of_shares,
+)
 from vllama2_jax.models.lora import low_rank
 from vllama2_jax.models.matmul import dense_dot
 from vllama2_jax.models.quantized import multiply_quantized, quantized_parts
+
+_ROWS = ("batch", "length")  # the first axes of what the decoder's layers transform
 
 
 class Linear(nn.Module):
@@ -40,16 +49,13 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform `x` [..., *in] to [..., *features] in `dtype`."""
 
-        def product(x, kernel, num_inputs=self.num_inputs):
-            axes = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
-            return self.dot_general(x, kernel, (axes, ((), ())))
-
+        product = self._product
         x = x.astype(self.dtype)
         shape = (*x.shape[-self.num_inputs :], *self.features)
         parts = quantized_parts(self, "kernel")
         if parts is None:
             init = nn.initializers.normal(0.02)
-            out = product(x, self._param("kernel", init, self.names, shape))
+            out = self._gathered_product(x, self._param("kernel", init, self.names, shape))
         else:
             out = multiply_quantized(product, x, parts, shape, self.dtype)
         adapter = low_rank(self, "kernel", self.dtype)
@@ -60,6 +66,36 @@ class Linear(nn.Module):
             names = self.names[self.num_inputs :]
             out += self._param("bias", nn.initializers.zeros, names, self.features)
         return out
+
+    def _product(self, x, kernel, num_inputs=None):
+        num_inputs = num_inputs or self.num_inputs
+        axes = tuple(range(x.ndim - num_inputs, x.ndim)), tuple(range(num_inputs))
+        return self.dot_general(x, kernel, (axes, ((), ())))
+
+    def _gathered_product(self, x, kernel):
+        """The product, for which each device gathers the kernel itself where rows share its axes.
+
+        Left to XLA, gradients of kernels that are split along three dimensions of a TPU's torus
+        are summed up whole on every device before they are cut, which sends twice as much.
+        """
+        layout = layout_in_force()
+        if layout is None or x.ndim != self.num_inputs + 2:
+            return self._product(x, kernel)
+        rows = tuple(map(divisible, _ROWS, x.shape[:2]))
+        names = tuple(map(divisible, self.names, kernel.shape))
+        taken = {axis for name in rows for axis in layout.axes(name)}
+        gathered = {name for name in names if taken & {*layout.axes(name)}}
+        if not gathered:
+            return self._product(x, kernel)
+        kept = tuple(None if name in gathered else name for name in names)
+        inputs, outputs = kept[: self.num_inputs], kept[self.num_inputs :]
+        shares = tuple(axis for name in inputs for axis in layout.axes(name))
+
+        def local(x, kernel):
+            out = self._product(x, gather(kernel, names, layout, kept))
+            return sum_of_shares(out, shares) if shares else out
+
+        return per_device(local, ((*rows, *inputs), names), (*rows, *outputs))(x, kernel)
 
     def _param(self, name, init, names, shape):
         boxed = nn.with_logical_partitioning(init, names)

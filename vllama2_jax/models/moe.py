@@ -14,7 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import constrain, gather, layout_in_force, per_device
+from vllama2_jax.models.axes import (
+    constrain,
+    gather,
+    layout_in_force,
+    per_device,
+    sum_of_shares,
+)
 from vllama2_jax.models.config import DecoderConfig
 from vllama2_jax.models.expert_parallel import (
     EXCHANGES,
@@ -223,20 +229,8 @@ def _experts(layout, names, place, backend, how, x, top, chosen, weights):
         else:
             out = run(tokens, top, chosen, len(tokens) * min(k, num_experts))
     if place.outputs:
-        out = _sum_of_shares(out, place.outputs)
+        out = sum_of_shares(out, place.outputs)
     return out.reshape(x.shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _sum_of_shares(x, axes):
-    """Sum over devices that all go on with it: their gradients are alike, and need no sum."""
-    return jax.lax.psum(x, axes)
-
-
-_sum_of_shares.defvjp(
-    lambda x, axes: (_sum_of_shares(x, axes), None),
-    lambda axes, _, grad: (grad * jax.lax.axis_size(axes),),
-)
 
 
 def _hidden(gate, up, top, inputs):
