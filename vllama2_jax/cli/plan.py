@@ -1,5 +1,7 @@
 """`vllama2 plan`."""
 
+import json
+import os
 import sys
 
 
@@ -27,6 +29,17 @@ def add_plan(command) -> None:
         metavar="WHAT",
         help="config:RECIPE, then fiddler:NAME and set:FIELD=VALUE, as in `vllama2 train`",
     )
+    plan.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="try meshes and batches, and compile until N of them fit (3)",
+    )
+    plan.add_argument(
+        "--estimate", action="store_true", help="compile nothing: formulas alone, within seconds"
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--save-hlo", metavar="FILE", help="keep the compiled program's text")
     plan.add_argument(
@@ -35,28 +48,50 @@ def add_plan(command) -> None:
 
 
 def _plan(options) -> int:
-    from rich.console import Console
-
-    from vllama2_jax.configs.parse import build
-    from vllama2_jax.configs.shortcuts import Shortcuts, resolve
     from vllama2_jax.parallel.topology import topology
-    from vllama2_jax.plan.plan import plan, write_json
-    from vllama2_jax.plan.tables import show, show_published
 
     wanted = topology(options.topology)
+    if wanted.platform == "tpu":  # which are described, not used; without, libtpu looks for one
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from rich.console import Console
+
+    from vllama2_jax.plan.tables import show, show_published, show_ranked
+
+    ranked = _plans(options, wanted)
+    if options.json:
+        found = [plan.to_json() for plan in ranked]
+        print(json.dumps({"plans": found} if options.search else found[0], indent=1))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        if options.search:
+            show_ranked(ranked, console)
+        show(ranked[0], console)
+        if options.published:
+            show_published(console)
+    return 0 if ranked[0].fits else 1
+
+
+def _plans(options, wanted) -> list:
+    from vllama2_jax.configs.parse import build
+    from vllama2_jax.configs.shortcuts import Shortcuts, resolve
+    from vllama2_jax.plan.estimate import estimate
+    from vllama2_jax.plan.planning import can_compile, plan
+    from vllama2_jax.plan.search import search
+
     shortcuts = Shortcuts(
         model=options.model, batch=options.batch, steps=options.steps, mesh=options.mesh
     )
     config = build(resolve(options.config, shortcuts))
-    print(
-        f"compiling {config.name} for {wanted.name}; a large model takes minutes", file=sys.stderr
-    )
-    found = plan(config, wanted, length=options.length, save_hlo=options.save_hlo)
-    if options.json:
-        print(write_json(found))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        show(found, console)
-        if options.published:
-            show_published(console)
-    return 0 if found.memory.fits else 1
+    if options.search is not None:
+        rows = () if options.batch else (2 * config.rows, 4 * config.rows)
+        return search(
+            config, wanted, rows=rows, length=options.length, most=options.search, told=_say
+        )
+    if options.estimate or not can_compile(wanted):
+        return [estimate(config, wanted, length=options.length)]
+    _say(f"compiling {config.name} for {wanted.name}; a large model takes minutes")
+    return [plan(config, wanted, length=options.length, save_hlo=options.save_hlo)]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.parallel.rules import LAYOUTS, MESH_AXES
@@ -137,3 +137,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device]) -> Layout:
     """The mesh and the rules of a run."""
     return Layout(make_mesh(config, devices), config.table())
+
+
+def abstract_layout(config: MeshConfig, num_devices: int) -> Layout:
+    """The shape of a run's mesh, without devices.
+
+    Raises:
+      ValueError: if the axes do not multiply to the devices that there are.
+    """
+    sizes = config.sizes(num_devices)
+    for axis, slices in (("data", config.dcn_data), ("fsdp", config.dcn_fsdp)):
+        sizes[axis] *= slices
+    mesh = AbstractMesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+    return Layout(mesh, config.table())

@@ -61,6 +61,14 @@ def stage_of(config: TrainConfig) -> Stage:
     return Stage(samples, -(-samples // config.rows))
 
 
+def stage_or_none(config: TrainConfig) -> Stage | None:
+    """The whole run; None of records that are not here: what a step takes is known all the same."""
+    try:
+        return stage_of(config)
+    except ValueError:
+        return None
+
+
 def _modalities(config: TrainConfig) -> set[str]:
     """What the records of a recipe hold; all that there is, where the paper does not say."""
     if not config.data.sources:

@@ -6,7 +6,9 @@ from rich.table import Table
 from vllama2_jax.parallel.collectives import totals
 from vllama2_jax.parallel.published import ASSUMED, published_rows
 from vllama2_jax.parallel.roofline import assumptions
-from vllama2_jax.plan.plan import Plan
+from vllama2_jax.plan.estimate import ASSUMED as OF_ESTIMATES
+from vllama2_jax.plan.result import Plan
+from vllama2_jax.plan.search import in_words
 
 _CONVENTION = (
     "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
@@ -14,10 +16,16 @@ _CONVENTION = (
     "work; how much of a batch it is, `vllama2 train --dry-run` tells where the records are.",
 )
 
+_RANKED = 12  # plans that a table shows
+
 
 def show(plan: Plan, console: Console) -> None:
     """Print a plan, and everything that it takes for granted."""
     console.print(_summary(plan))
+    if plan.refusal:
+        console.print(f"The compiler: {plan.refusal}", highlight=False)
+    if plan.sent is None:
+        return
     console.print(_collectives(plan))
     if plan.sent.kernels:
         kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
@@ -25,8 +33,32 @@ def show(plan: Plan, console: Console) -> None:
     if plan.roofline is None:
         console.print("No roofline: no peak is stated for these chips.")
         return
-    for sentence in (*_CONVENTION, *assumptions(plan.topology)):
+    estimates = OF_ESTIMATES if plan.estimated else ()
+    for sentence in (*estimates, *_CONVENTION, *assumptions(plan.topology)):
         console.print(f"- {sentence}", highlight=False)
+
+
+def show_ranked(plans: list[Plan], console: Console) -> None:
+    """Print plans of one topology beside each other, in their order."""
+    table = Table(title="Best first" + (", by formulas alone" if plans[0].estimated else ""))
+    table.add_column("mesh and batch")
+    for name in ("fits", "peak", "step", "samples/s", "utilisation", "sent"):
+        table.add_column(name, justify="right")
+    for plan in plans[:_RANKED]:
+        roof = plan.roofline
+        table.add_row(
+            in_words(plan),
+            "yes" if plan.fits else "NO",
+            gigabytes(plan.memory.peak),
+            f"{roof.step_seconds:.2f} s" if roof else "-",
+            f"{plan.samples_per_second:,.1f}" if roof else "-",
+            f"{roof.utilisation:.1%}" if roof else "-",
+            gigabytes(plan.wire_bytes),
+        )
+    console.print(table)
+    if len(plans) > _RANKED:
+        fitting = sum(plan.fits for plan in plans)
+        console.print(f"{len(plans) - _RANKED} more; {fitting} of all {len(plans)} fit.")
 
 
 def show_published(console: Console) -> None:
@@ -65,21 +97,22 @@ def _summary(plan: Plan) -> Table:
         ("arguments", f"{gigabytes(memory.arguments)} a chip: parameters, moments, the batch"),
         ("temporaries", gigabytes(memory.temporaries)),
         ("peak", f"{gigabytes(memory.peak)} of {gigabytes(memory.limit)}"),
-        ("compiled in", f"{plan.compile_seconds:.0f} s"),
+        ("compiled in", _compiled(plan)),
         ("FLOPs of a step", f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware"),
-        ("sent", f"{gigabytes(plan.wire_bytes)} by each chip and step"),
     ]
+    if plan.sent:
+        rows.append(("sent", f"{gigabytes(plan.wire_bytes)} by each chip and step"))
     if roof:
-        tokens = shape.rows * shape.length / roof.step_seconds
+        slots = shape.rows * shape.length / roof.step_seconds
         rows += [
             ("compute", f"{roof.compute_seconds:.3f} s"),
             ("memory", f"{roof.hbm_seconds:.3f} s"),
             ("links", f"{roof.ici_seconds:.3f} s, {roof.exposed_seconds:.3f} s of it exposed"),
-            ("step", f"{roof.step_seconds:.3f} s, {tokens:,.0f} slots/s"),
+            ("step", f"{roof.step_seconds:.3f} s, {slots:,.0f} slots/s"),
             ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
         ]
     if roof and stage:
-        hours = stage.steps * roof.step_seconds / 3600
+        hours = plan.hours
         rows.append(
             (
                 "whole stage",
@@ -90,6 +123,12 @@ def _summary(plan: Plan) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _compiled(plan: Plan) -> str:
+    if plan.estimated:
+        return "not at all: everything here is estimated by formulas"
+    return "-" if plan.compile_seconds is None else f"{plan.compile_seconds:.0f} s"
 
 
 def _collectives(plan: Plan) -> Table:

@@ -1,0 +1,122 @@
+"""Which mesh and which batch are best on a topology: `search`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from vllama2_jax.models.config import VLlama2Config
+from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.topology import Topology
+from vllama2_jax.plan.estimate import estimate
+from vllama2_jax.plan.planning import can_compile, plan
+from vllama2_jax.plan.program import network_of
+from vllama2_jax.plan.result import Plan
+from vllama2_jax.train.config import TrainConfig
+
+_PARTS = (2, 4, 8)
+# What an estimate may exceed the limit by and still be compiled: estimates are off by as much.
+_SLACK = 1.15
+
+
+def search(
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    rows: tuple[int, ...] = (),
+    length: int | None = None,
+    most: int = 3,
+    told: Callable[[str], None] = lambda text: None,
+) -> list[Plan]:
+    """Plans of meshes and batches, best first: those that fit by samples per second.
+
+    All are estimated by formulas. The fastest of those that seem to fit are compiled, until `most`
+    meshes have turned out to fit; where nothing can be compiled for the topology, estimates are the
+    result.
+
+    Args:
+      config: of the run; its mesh's slices stay, its rows are one of the candidates.
+      topology: of `parallel.topology`.
+      rows: of a step, to try beside those of the recipe.
+      length: slots of a row; None takes the longest rows of the recipe.
+      most: meshes that are compiled and fit.
+      told: hears what is being compiled.
+
+    Raises:
+      ValueError: if no mesh fits rows and topology.
+    """
+    network, found, reason = network_of(config.start), [], None
+    for candidate in candidates(config, network, topology.num_chips, rows):
+        try:
+            found.append(estimate(candidate, topology, length=length))
+        except ValueError as error:
+            reason = reason or error
+    if not found:
+        raise ValueError(f"no mesh fits {topology.name}: {reason}")
+    found.sort(key=_rank)
+    if not can_compile(topology) or not topology.chip.hbm_bytes:
+        return found
+    compiled, fitting = [], set()
+    for guess in found:
+        mesh = guess.config.mesh
+        if len(fitting) == most or len(compiled) == 2 * most:
+            break
+        if mesh in fitting or guess.memory.peak > _SLACK * topology.chip.hbm_bytes:
+            continue
+        told(f"compiling {in_words(guess)}")
+        try:
+            compiled.append(plan(guess.config, topology, length=length))
+        except ValueError as error:  # what a kernel cannot be split into shows when it is traced
+            told(f"left out: {error}")
+            continue
+        if compiled[-1].fits:
+            fitting.add(mesh)
+    return sorted(compiled, key=_rank) or found
+
+
+def candidates(
+    config: TrainConfig, network: VLlama2Config, chips: int, rows: tuple[int, ...] = ()
+) -> Iterator[TrainConfig]:
+    """Configurations that differ in mesh, rows and micro-batches.
+
+    Meshes split weights and rows over all chips, or over what tensor parallelism, experts or pieces
+    of rows leave of them. Micro-batches are as many as leave each chip whole rows.
+
+    Args:
+      config, rows: of `search`.
+      network: that it trains.
+      chips: of the topology.
+    """
+    for mesh in _meshes(config.mesh, network, chips):
+        apart = chips // (mesh.tensor * mesh.sequence)
+        for count in sorted({config.rows, *rows}):
+            if count % apart:
+                continue
+            for parts in (1, 2, 4, 8):
+                if count // apart % parts == 0:
+                    yield dataclasses.replace(config, mesh=mesh, rows=count, micro_batches=parts)
+
+
+def _meshes(given: MeshConfig, network: VLlama2Config, chips: int) -> Iterator[MeshConfig]:
+    c = network.decoder
+    across = dict(dcn_data=given.dcn_data, dcn_fsdp=given.dcn_fsdp)
+    inside = chips // (given.dcn_data * given.dcn_fsdp)
+    yield MeshConfig(**across)
+    for parts in (parts for parts in _PARTS if inside % parts == 0):
+        if c.num_kv_heads % parts == 0 and c.mlp_dim % parts == 0:
+            yield MeshConfig(layout="fsdp+tensor", tensor=parts, **across)
+        if c.num_experts and c.num_experts % parts == 0:
+            yield MeshConfig(layout="fsdp+expert", expert=parts, **across)
+        yield MeshConfig(sequence=parts, **across)
+
+
+def in_words(plan: Plan) -> str:
+    """The mesh and the batch of a plan: "fsdp 32, tensor 2; 128 rows in 2 micro-batches"."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    parts = plan.config.micro_batches
+    batches = f" in {parts} micro-batches" if parts > 1 else ""
+    return f"{mesh or 'one device'}; {plan.shape.rows} rows{batches}"
+
+
+def _rank(plan: Plan) -> tuple[bool, float]:
+    """Those that fit first, then by speed, or by memory where no speed is known."""
+    speed = plan.samples_per_second
+    return not plan.fits, -speed if speed else plan.memory.peak or float("inf")
