@@ -113,7 +113,7 @@ report() {
 follow() {
   local now
   [[ $(state) != idle ]] || fail "nothing was started here; tpu.sh run does it"
-  tail -n 200 -F --pid="$(<"$run/pid")" "$run/log" 2>/dev/null
+  tail -n 200 -s 0.5 -F --pid="$(<"$run/pid")" "$run/log" 2>/dev/null
   now=$(state)
   exit "${now#* }"
 }
