@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Cloud TPU slices, from nothing to a trained model and back to nothing. docs/launch.md tells the way.
 set -euo pipefail
+# gcloud ends with an ordinary exit code when it is interrupted, and bash would go on behind it.
+trap 'exit 130' INT
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=lib/common.sh
 source "$here/lib/common.sh"

@@ -55,6 +55,9 @@ settle() {
     [[ $action != setup ]] || unset 'OPT[commit]'
     parse "$@"
   fi
+  if [[ $action != create && $action != train && ! -f $file && -z ${OPT[topology]:-} ]]; then
+    misused "nothing is known here of ${OPT[name]}, only of: $(known); give --project, --zone and --topology"
+  fi
   : "${OPT[project]:=${CLOUDSDK_CORE_PROJECT:-}}" "${OPT[zone]:=${CLOUDSDK_COMPUTE_ZONE:-}}"
   : "${OPT[extras]:=tpu,gcs}" "${OPT[worker]:=0}" "${OPT[slice]:=0}" "${OPT[every]:=30}"
   : "${OPT[restarts]:=0}"
@@ -91,6 +94,13 @@ remember() {
   ((${#COMMAND[@]} == 0)) || words+=(-- "${COMMAND[@]}")
   mkdir -p "$REMEMBERED"
   printf '%s\0' "${words[@]}" >"$REMEMBERED/${OPT[name]}"
+}
+
+# Names of what is remembered.
+known() {
+  local names=("$REMEMBERED"/*)
+  names=("${names[@]##*/}")
+  [[ ${names[*]} == '*' ]] && echo nothing || echo "${names[*]}"
 }
 
 forget() {

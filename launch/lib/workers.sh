@@ -145,8 +145,8 @@ resume() {
 train() {
   ((${#COMMAND[@]})) ||
     misused "no command, as in -- vllama2 train --config=config:video_sft --out gs://BUCKET/RUN"
-  create
   trap farewell EXIT
+  create
   await
   setup
   run
@@ -164,6 +164,6 @@ train() {
 }
 
 farewell() {
-  note "the TPUs of ${OPT[name]} cost money until this:"
+  note "TPUs of ${OPT[name]}, if there are any, cost money until this:"
   note "  $(deletion)"
 }

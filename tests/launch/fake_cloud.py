@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ bin=$HOME/vllama2_jax/.venv/bin
 mkdir -p "$bin" && cp "$FAKE_CLOUD/bin/.vllama2" "$bin/vllama2"
 """
 # Writes down how it was called, then does what $FAKE_CLOUD/run.sh says.
-_VLLAMA2 = """#!{python}
+_VLLAMA2 = """#!{python} -IS
 import json, os, pathlib, subprocess, sys
 told = dict(argv=sys.argv[1:], environment=dict(os.environ), folder=os.getcwd())
 with open(os.path.join(os.environ["HOME"], "told.jsonl"), "a") as file:
@@ -26,11 +27,27 @@ os.execvp("bash", ["bash", os.path.join(os.environ["FAKE_CLOUD"], "run.sh")])
 """
 
 
-class Cloud:
-    """Where scripts of launch/ run, and what became of it."""
+def small_project(folder: Path) -> Path:
+    """A repository of its own: launch/ as it lies here, and little else to copy."""
+    shutil.copytree(LAUNCH, folder / "launch")
+    (folder / "Makefile").write_text("env:\n")
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+    commit(folder, "First")
+    return folder
 
-    def __init__(self, folder: Path):
-        self.folder, self.bin = folder, folder / "bin"
+
+def commit(project: Path, message: str) -> None:
+    """All that lies in a project."""
+    git = ("git", "-C", str(project), "-c", "user.name=me", "-c", "user.email=me@mine")
+    subprocess.run([*git, "add", "--all"], check=True)
+    subprocess.run([*git, "commit", "--quiet", f"--message={message}"], check=True)
+
+
+class Cloud:
+    """Where scripts of a project's launch/ run, and what became of it."""
+
+    def __init__(self, folder: Path, project: Path):
+        self.folder, self.bin, self.project = folder, folder / "bin", project
         self.bin.mkdir(parents=True)
         self.program("make", _MAKE)
         self.program(".vllama2", _VLLAMA2.format(python=sys.executable))
@@ -45,7 +62,7 @@ class Cloud:
 
     def fake(self, name, file):
         code = Path(__file__).with_name(file)
-        self.program(name, f'#!/usr/bin/env bash\nexec {sys.executable} {code} "$@"\n')
+        self.program(name, f'#!/usr/bin/env bash\nexec {sys.executable} -IS {code} "$@"\n')
 
     def run_is(self, script):
         (self.folder / "run.sh").write_text(script)
@@ -84,7 +101,7 @@ class Cloud:
     def run(self, script, *words, code=0, **environment):
         """Run a script of launch/; what it wrote."""
         done = subprocess.run(
-            ["bash", str(LAUNCH / script), *words],
+            ["bash", str(self.project / "launch" / script), *words],
             env=self.environment(**environment),
             cwd=self.folder,
             capture_output=True,

@@ -126,4 +126,7 @@ def on_machines(cloud, group, verb, words, flags):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:  # the real one ends like this
+        sys.exit(1)

@@ -64,7 +64,7 @@ def test_what_the_guide_says_is_what_its_cloud_is_told(told):
         if words[:2] in (["bash", "launch/tpu.sh"], ["bash", "launch/gke_xpk.sh"]):
             script, action, rest = words[1].removeprefix("launch/"), words[2], words[3:]
             if "--repo" in rest:  # it is cloned from here
-                rest = ["--name", "pod2", "--repo", str(ROOT), "--commit", "HEAD"]
+                rest = ["--name", "pod2", "--repo", str(told.project), "--commit", "HEAD"]
             before = len(told.calls)
             shown = told.printed(script, action, *rest)
             told.run(script, action, *rest)

@@ -23,7 +23,7 @@ def test_processes_on_machines_of_a_slice_find_each_other_without_being_told(clo
     )
     place = ("--name=pod1", "--project=mine", "--zone=z", "--topology=v5p-16")
     cloud.run("tpu.sh", "create", *place)
-    cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD")
+    cloud.run("tpu.sh", "setup", "--name=pod1")
     cloud.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train")
     logs = [cloud.run("tpu.sh", "logs", "--name=pod1", f"--worker={k}").stdout for k in (0, 1)]
     found = [json.loads(re.search(r"^\{.*\}$", log, re.MULTILINE)[0]) for log in logs]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fake_cloud import Cloud, commit, small_project
 
 SPOT = (
     *("--name", "pod1", "--project", "mine", "--zone", "us-east5-a", "--every", "0"),
@@ -28,8 +29,8 @@ def take_away(cloud, states, node=None):
 
 @pytest.fixture
 def ran(cloud):
-    """A spot slice on which a run was begun, at a commit that is not what HEAD says later."""
-    cloud.run("tpu.sh", "train", *SPOT, "--commit=HEAD", "--", *COMMAND)
+    """A spot slice on which a run has ended."""
+    cloud.run("tpu.sh", "train", *SPOT, "--", *COMMAND)
     return cloud
 
 
@@ -58,6 +59,21 @@ def test_resume_makes_anew_what_is_gone_and_starts_the_same_command(ran, states,
         assert [told["argv"] for told in ran.told(worker)] == [COMMAND[1:]]
 
 
+def test_resume_sets_up_the_commit_that_the_run_began_with_and_setup_the_newest(tmp_path):
+    cloud = Cloud(tmp_path / "cloud", small_project(tmp_path / "mine"))
+    cloud.run("tpu.sh", "train", *SPOT, "--", *COMMAND)
+    (cloud.project / "launch/new.sh").touch()
+    assert "are not committed stay here" in cloud.run("tpu.sh", "setup", "--name=pod1").stderr
+    commit(cloud.project, "Second")
+    take_away(cloud, ["SUSPENDED"])
+    cloud.run("tpu.sh", "resume", "--name=pod1")
+    home = cloud.folder / "workers/pod1-1/vllama2_jax"
+    assert (home / "launch/worker.sh").exists() and not (home / "launch/new.sh").exists()
+    cloud.run("tpu.sh", "logs", "--name=pod1")
+    cloud.run("tpu.sh", "setup", "--name=pod1")
+    assert (home / "launch/new.sh").exists()
+
+
 def test_resume_also_brings_back_what_was_deleted_by_hand(ran):
     ran.change(requests={}, nodes={})
     ran.run("tpu.sh", "resume", "--name=pod1")
@@ -76,7 +92,7 @@ def test_resume_starts_again_a_run_that_died_on_machines_that_are_still_there(ra
 def test_resume_leaves_a_run_alone_that_is_under_way(cloud):
     cloud.run_is("until [ -e $FAKE_CLOUD/end ]; do sleep 0.05; done")
     cloud.run("tpu.sh", "create", *SPOT)
-    cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD")
+    cloud.run("tpu.sh", "setup", "--name=pod1")
     cloud.run("tpu.sh", "run", "--name=pod1", "--", *COMMAND)
     done = cloud.run("tpu.sh", "resume", "--name=pod1")
     assert "its run is under way" in done.stderr
@@ -116,16 +132,14 @@ def to_be_taken(cloud):
 
 
 def test_train_goes_on_by_itself_after_pre_emption_as_often_as_it_is_told(to_be_taken):
-    done = to_be_taken.run(
-        *("tpu.sh", "train", *SPOT, "--commit=HEAD", "--restarts=1", "--", *COMMAND)
-    )
+    done = to_be_taken.run(*("tpu.sh", "train", *SPOT, "--restarts=1", "--", *COMMAND))
     assert "step 2\n" in done.stdout
     assert verbs(to_be_taken.calls).count("create") == 2
     assert [told["argv"] for told in to_be_taken.told("pod1-1")] == [COMMAND[1:]]
 
 
 def test_train_without_restarts_says_how_to_go_on(to_be_taken):
-    done = to_be_taken.run("tpu.sh", "train", *SPOT, "--commit=HEAD", "--", *COMMAND, code=1)
+    done = to_be_taken.run("tpu.sh", "train", *SPOT, "--", *COMMAND, code=1)
     assert "pod1 is SUSPENDED; this makes it anew, and the run goes on:" in done.stderr
     assert "tpu.sh resume --name pod1\n" in done.stderr
     assert "tpu.sh delete --name pod1" in done.stderr.splitlines()[-1]

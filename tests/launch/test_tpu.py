@@ -1,5 +1,6 @@
 """launch/tpu.sh against a fake gcloud: what each action sends, and what becomes of a run."""
 
+import os
 import shlex
 import shutil
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from fake_cloud import ROOT, commands_of
+from fake_cloud import commands_of
 
 POD = ("--name", "pod1", "--project", "mine", "--zone", "us-east5-a", "--every", "0")
 SMALL = (*POD, "--topology", "v5p-16")
@@ -41,7 +42,7 @@ def test_create_asks_for_a_queued_resource_and_says_what_ends_the_costs(cloud):
     }
     assert "64 chips" in done.stderr
     end = done.stderr.splitlines()[-1]
-    assert shlex.split(end)[:3] == ["bash", str(ROOT / "launch/tpu.sh"), "delete"]
+    assert shlex.split(end)[:3] == ["bash", str(cloud.project / "launch/tpu.sh"), "delete"]
     cloud.run("tpu.sh", *shlex.split(end)[2:])
     assert cloud.state["requests"] == cloud.state["nodes"] == {}
 
@@ -111,7 +112,8 @@ def test_delete_takes_the_tpu_and_the_queued_resource(cloud):
     assert len(cloud.state["nodes"]) == 2
     cloud.run("tpu.sh", "delete", "--name=pod1")
     assert cloud.state["requests"] == cloud.state["nodes"] == {}
-    assert "--project is missing" in cloud.run("tpu.sh", "delete", "--name=pod1", code=2).stderr
+    again = cloud.run("tpu.sh", "delete", "--name=pod1", code=2)
+    assert "nothing is known here of pod1, only of: nothing; give --project" in again.stderr
 
 
 def test_a_failing_gcloud_is_a_failing_script_with_its_reason(cloud):
@@ -127,17 +129,17 @@ def test_a_failing_gcloud_is_a_failing_script_with_its_reason(cloud):
 
 def test_setup_brings_the_commit_to_every_machine_and_keeps_its_environment(cloud):
     cloud.run("tpu.sh", "create", *SMALL, "--topology=2xv5p-16")
-    cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD", "--extras=tpu")
+    cloud.run("tpu.sh", "setup", "--name=pod1", "--extras=tpu")
     homes = sorted((cloud.folder / "workers").iterdir())
     assert [home.name for home in homes] == ["pod1-0-0", "pod1-0-1", "pod1-1-0", "pod1-1-1"]
     for home in homes:
         project = home / "vllama2_jax"
-        assert (project / "setup.cfg").is_file() and not (project / ".git").exists()
+        assert (project / "Makefile").is_file() and not (project / ".git").exists()
         (made,) = (home / "made").read_text().splitlines()
         assert f"-C {project} env EXTRAS=tpu PYTHON=" in made
         assert "transparent_hugepage" in (home / "sudone").read_text()
         (project / "stale.py").touch()
-    cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD")
+    cloud.run("tpu.sh", "setup", "--name=pod1")
     for home in homes:
         assert not (home / "vllama2_jax/stale.py").exists()
         assert (home / "vllama2_jax/.venv/bin/vllama2").is_file()
@@ -145,7 +147,7 @@ def test_setup_brings_the_commit_to_every_machine_and_keeps_its_environment(clou
 
 def test_setup_can_clone_a_repository_at_a_commit(cloud):
     cloud.run("tpu.sh", "create", *SMALL)
-    options = ("--name=pod1", "--repo", str(ROOT))
+    options = ("--name=pod1", "--repo", str(cloud.project))
     assert "--repo needs --commit" in cloud.run("tpu.sh", "setup", *options, code=2).stderr
     for _ in range(2):  # a second time, it fetches
         cloud.run("tpu.sh", "setup", *options, "--commit", "HEAD")
@@ -158,7 +160,7 @@ def test_setup_can_clone_a_repository_at_a_commit(cloud):
 def ready(cloud):
     """Two machines, set up."""
     cloud.run("tpu.sh", "create", *SMALL)
-    cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD")
+    cloud.run("tpu.sh", "setup", "--name=pod1")
     return cloud
 
 
@@ -180,7 +182,7 @@ def test_a_run_goes_on_without_its_connection_and_logs_tell_how_it_ends(ready):
     assert ready.run("tpu.sh", "status", "--name=pod1").stdout.count(": running ") == 2
     again = ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train", code=1)
     assert "a run is under way" in again.stderr
-    replaced = ready.run("tpu.sh", "setup", "--name=pod1", "--commit=HEAD", code=1)
+    replaced = ready.run("tpu.sh", "setup", "--name=pod1", code=1)
     assert "a run is under way" in replaced.stderr
     (ready.folder / "end").touch()
     log = ready.run("tpu.sh", "logs", "--name=pod1", code=7).stdout
@@ -208,7 +210,7 @@ def test_stop_sends_sigterm_to_the_command_alone_on_every_machine(ready):
 def test_train_does_it_all_and_says_last_what_ends_the_costs(cloud):
     cloud.change(on_create=["WAITING_FOR_RESOURCES", "ACTIVE"])
     command = ["vllama2", "train", "--out", "gs://b/run"]
-    done = cloud.run("tpu.sh", "train", *SMALL, "--commit=HEAD", "--", *command)
+    done = cloud.run("tpu.sh", "train", *SMALL, "--", *command)
     assert verbs(cloud.calls) == [
         "create", "describe", "describe", "describe", "scp", "ssh", "ssh", "ssh", "ssh"
     ]  # fmt: skip
@@ -222,13 +224,34 @@ def test_train_does_it_all_and_says_last_what_ends_the_costs(cloud):
 def test_train_deletes_the_tpus_when_the_run_has_ended_if_told_so(cloud, code):
     cloud.run_is(f"echo the reason; exit {code}")
     done = cloud.run(
-        *("tpu.sh", "train", *SMALL, "--commit=HEAD", "--delete-when-done", "--", "vllama2"),
+        *("tpu.sh", "train", *SMALL, "--delete-when-done", "--", "vllama2"),
         code=code,
     )
     assert done.stdout.count("the reason") == (
         1 if code == 0 else 3
     )  # of every machine, if it failed
     assert cloud.state["requests"] == cloud.state["nodes"] == {}
+
+
+def test_an_interrupt_leaves_the_run_alone_and_says_what_ends_the_costs(cloud):
+    cloud.run_is("echo begun; until [ -e $FAKE_CLOUD/end ]; do sleep 0.05; done; echo ended")
+    train = subprocess.Popen(
+        ["bash", str(cloud.project / "launch/tpu.sh"), "train", *SMALL, "--", "vllama2"],
+        env=cloud.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while train.stdout.readline() != "begun\n":
+        assert train.poll() is None
+    os.killpg(train.pid, signal.SIGINT)  # as Ctrl-C at a terminal
+    _, said = train.communicate(timeout=60)
+    assert train.returncode == 130
+    assert "tpu.sh delete --name pod1" in said.splitlines()[-1]
+    assert ": running " in cloud.run("tpu.sh", "status", "--name=pod1").stdout
+    (cloud.folder / "end").touch()
+    assert "\nended\n" in cloud.run("tpu.sh", "logs", "--name=pod1").stdout
 
 
 def test_a_folder_on_the_machines_is_warned_of(ready):
@@ -290,7 +313,7 @@ def without_repetition(calls):
 @pytest.mark.parametrize("topology", ["v5p-16", "2xv5e-16"])
 def test_what_print_shows_is_what_is_run(cloud, topology):
     cloud.change(on_create=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
-    options = (*POD, "--topology", topology, "--spot", "--commit=HEAD", "--delete-when-done")
+    options = (*POD, "--topology", topology, "--spot", "--delete-when-done")
     shown = cloud.printed("tpu.sh", "train", *options, "--", *HARD)
     assert not (cloud.folder / "remembered").exists()
     cloud.run("tpu.sh", "train", *options, "--", *HARD)
@@ -312,7 +335,7 @@ def test_each_action_prints_what_it_runs(ready, action):
 
 
 def test_printed_commands_can_be_pasted_into_a_shell(cloud):
-    text = cloud.run("tpu.sh", "train", "--print", *SMALL, "--commit=HEAD", "--", *HARD).stdout
+    text = cloud.run("tpu.sh", "train", "--print", *SMALL, "--", *HARD).stdout
     subprocess.run(["bash", "-e"], input=text, env=cloud.environment(), text=True, check=True)
     assert [call[1:] for call in commands_of(text) if call[0] == "gcloud"] == cloud.calls
     assert [told["argv"] for told in cloud.told("pod1-1")] == [HARD[1:]]
