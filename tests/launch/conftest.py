@@ -1,5 +1,7 @@
 """What the tests of launch/ share."""
 
+import contextlib
+
 import pytest
 from fake_cloud import Cloud, small_project
 
@@ -12,4 +14,5 @@ def project(tmp_path_factory):
 @pytest.fixture
 def cloud(tmp_path, project):
     """A cloud on this machine, empty."""
-    return Cloud(tmp_path / "cloud", project)
+    with contextlib.closing(Cloud(tmp_path / "cloud", project)) as made:
+        yield made

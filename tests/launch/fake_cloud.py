@@ -1,9 +1,11 @@
 """A cloud on this machine: a fake gcloud and a few fake programs in front of the PATH."""
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +89,17 @@ class Cloud:
     def told(self, worker):
         """How `vllama2` was called on a machine, as "pod1-0"."""
         return self.lines(f"workers/{worker}/told.jsonl")
+
+    def runs(self):
+        """Processes of what was started on machines, also of those that are lost."""
+        return [int(file.read_text()) for file in self.folder.glob("*/*/vllama2_run/pid")]
+
+    def close(self):
+        """End what a failed test has left running."""
+        for pid in self.runs():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(pid) != os.getsid(0):
+                    os.killpg(os.getsid(pid), signal.SIGKILL)
 
     def environment(self, **more):
         return {

@@ -178,6 +178,8 @@ def test_the_command_arrives_word_for_word_at_every_machine(ready):
 def test_a_run_goes_on_without_its_connection_and_logs_tell_how_it_ends(ready):
     ready.run_is("echo begun; until [ -e $FAKE_CLOUD/end ]; do sleep 0.05; done; echo no; exit 7")
     ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train")  # comes back at once
+    for pid in ready.runs():  # what ends a session does not end it
+        assert os.getsid(pid) != os.getsid(0)
     assert "pod1 is ACTIVE" in ready.run("tpu.sh", "status", "--name=pod1").stderr
     assert ready.run("tpu.sh", "status", "--name=pod1").stdout.count(": running ") == 2
     again = ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train", code=1)
@@ -243,14 +245,16 @@ def test_an_interrupt_leaves_the_run_alone_and_says_what_ends_the_costs(cloud):
         text=True,
         start_new_session=True,
     )
-    while train.stdout.readline() != "begun\n":
-        assert train.poll() is None
-    os.killpg(train.pid, signal.SIGINT)  # as Ctrl-C at a terminal
-    _, said = train.communicate(timeout=60)
+    try:
+        while train.stdout.readline() != "begun\n":
+            assert train.poll() is None
+        os.killpg(train.pid, signal.SIGINT)  # as Ctrl-C at a terminal
+        _, said = train.communicate(timeout=30)
+    finally:
+        train.kill()
+        (cloud.folder / "end").touch()
     assert train.returncode == 130
     assert "tpu.sh delete --name pod1" in said.splitlines()[-1]
-    assert ": running " in cloud.run("tpu.sh", "status", "--name=pod1").stdout
-    (cloud.folder / "end").touch()
     assert "\nended\n" in cloud.run("tpu.sh", "logs", "--name=pod1").stdout
 
 
