@@ -106,8 +106,7 @@ renew() {
     look
   done
   if ((PRINT)); then
-    note "# where it is gone, as after pre-emption (if not: only set-up and run, below)"
-    OUTLOOK=GONE
+    OUTLOOK=GONE REASON="# if it is not, only set-up and run follow; if it is gone"
   fi
   [[ $OUTLOOK == GONE ]] || return 0
   note "$REASON; making it anew"

@@ -37,7 +37,10 @@ read_topology() {
     fi
   done
   if [[ -z $size ]]; then
-    fail "no slice ${wanted}; known sizes of $GENERATION: $(tr -s ' \n' ' ' <<<"$table" | sed -E 's/ $//')"
+    for entry in $table; do
+      size+=", $GENERATION-${entry%:*}"
+    done
+    fail "no slice ${wanted}; there are ${size#, }"
   fi
   ((SLICES >= 1)) || fail "$wanted: a size of 0"
   CHIPS=$((SLICES * size / cores))

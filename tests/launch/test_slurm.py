@@ -77,11 +77,14 @@ def slurm(cloud):
 
 
 def test_a_task_for_each_gpu_joins_and_takes_its_own(slurm):
-    done = slurm(sys.executable, "-c", _JOIN)
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4"}
+    done = slurm(sys.executable, "-c", _JOIN, **nodes)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted((one["process"], one["processes"], one["gpu"]) for one in found) == [
-        (0, 2, "0"),
-        (1, 2, "1"),
+        (0, 4, "0"),
+        (1, 4, "1"),
+        (2, 4, "0"),
+        (3, 4, "1"),
     ]
     assert all("latency_hiding" in one["flags"] for one in found)
 
