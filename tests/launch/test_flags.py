@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fake_cloud import LAUNCH, ROOT
@@ -54,6 +55,14 @@ def test_xla_takes_the_flags_of_gpus_and_refuses_one_that_it_does_not_know():
     assert re.fullmatch(r"1 +--xla_gpu_enable_latency_hiding_scheduler=true\n", said)
     done = under("gpu", *devices, code=1, XLA_FLAGS="--xla_gpu_no_such_flag=true")
     assert "Unknown flag in XLA_FLAGS: --xla_gpu_no_such_flag=true" in done.stderr
+
+
+@pytest.mark.skipif(
+    bool([*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]), reason="TPUs are here"
+)
+def test_a_machine_whose_tpus_do_not_start_is_an_error_and_no_slow_run_on_its_cpu():
+    done = under("tpu", sys.executable, "-c", "import jax; jax.devices()", code=1)
+    assert "Unable to initialize backend 'tpu'" in done.stderr
 
 
 @needs_libtpu
