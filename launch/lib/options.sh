@@ -49,10 +49,10 @@ settle() {
   file=$REMEMBERED/${OPT[name]}
   if [[ $action != create && $action != train && -f $file ]]; then
     mapfile -d '' -t words <"$file"
-    parse "${words[@]}" && CREATE_WITH=() SSH_WITH=() COMMAND=()
+    CREATE_WITH=() SSH_WITH=() COMMAND=()
     parse "${words[@]}"
-    # `setup` by itself is for code that has changed since.
-    [[ $action != setup ]] || unset 'OPT[commit]'
+    # `setup` by itself copies what is committed by now.
+    [[ $action != setup || -n ${OPT[repo]:-} ]] || unset 'OPT[commit]'
     parse "$@"
   fi
   if [[ $action != create && $action != train && ! -f $file && -z ${OPT[topology]:-} ]]; then

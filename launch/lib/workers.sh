@@ -20,15 +20,16 @@ reach() {
 }
 
 setup() {
-  local root archive get ready="{ ! test -e $WORKER || bash $WORKER free; }"
+  local root wanted archive get ready="{ ! test -e $WORKER || bash $WORKER free; }"
   if [[ -n ${OPT[repo]:-} ]]; then
     get="{ test -d vllama2_jax/.git || git clone --quiet $(quoted "${OPT[repo]}") vllama2_jax; }"
     get+=" && git -C vllama2_jax fetch --quiet --tags origin"
     get+=" && git -C vllama2_jax checkout --quiet --detach $(quoted "${OPT[commit]}")"
   else
     root=$(cd "$here/.." && pwd)
-    OPT[commit]=$(git -C "$root" rev-parse --verify --quiet "${OPT[commit]:-HEAD}^{commit}") ||
-      fail "no such commit in $root: ${OPT[commit]:-HEAD}"
+    wanted=${OPT[commit]:-HEAD}
+    OPT[commit]=$(git -C "$root" rev-parse --verify --quiet "$wanted^{commit}") ||
+      fail "there is no commit '$wanted' in $root, which is copied; --repo URL clones another"
     [[ -z $(git -C "$root" status --porcelain) ]] ||
       note "changes in $root that are not committed stay here; what is copied is ${OPT[commit]}"
     archive=${TMPDIR:-/tmp}/vllama2_jax-${OPT[commit]:0:12}.tar.gz

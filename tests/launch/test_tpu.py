@@ -149,11 +149,18 @@ def test_setup_can_clone_a_repository_at_a_commit(cloud):
     cloud.run("tpu.sh", "create", *SMALL)
     options = ("--name=pod1", "--repo", str(cloud.project))
     assert "--repo needs --commit" in cloud.run("tpu.sh", "setup", *options, code=2).stderr
-    for _ in range(2):  # a second time, it fetches
-        cloud.run("tpu.sh", "setup", *options, "--commit", "HEAD")
+    cloud.run("tpu.sh", "setup", *options, "--commit", "HEAD")
+    cloud.run("tpu.sh", "setup", "--name=pod1")  # the same again, which fetches
     assert "scp" not in verbs(cloud.calls)
     for worker in ("pod1-0", "pod1-1"):
         assert (cloud.folder / "workers" / worker / "vllama2_jax/.git").exists()
+
+
+def test_a_commit_that_is_not_there_is_named_and_nothing_is_copied(cloud):
+    cloud.run("tpu.sh", "create", *SMALL)
+    (line,) = cloud.run("tpu.sh", "setup", "--name=pod1", "--commit=v9", code=1).stderr.splitlines()
+    assert line.startswith("tpu.sh: there is no commit 'v9' in ")
+    assert verbs(cloud.calls) == ["create"]
 
 
 @pytest.fixture
