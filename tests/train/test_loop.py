@@ -1,5 +1,6 @@
 """The loop around the step: what it logs, when it stops, and that nothing of it stays behind."""
 
+import math
 import threading
 import time
 
@@ -156,3 +157,15 @@ def test_prefetch_prepares_ahead_and_no_further_than_its_depth():
     assert made == [0, 1, 2, 3]
     items.close()
     assert not prefetching()
+
+
+@pytest.mark.parametrize("seconds, steps", [(math.inf, (1, 4)), (0.0, (1, 2, 3, 4))])
+def test_where_there_is_no_terminal_a_line_comes_now_and_then(monkeypatch, capsys, seconds, steps):
+    monkeypatch.setattr(loop, "_LINE_SECONDS", seconds)
+    losses = [jnp.float32(k) for k in range(4)]
+    run(losses, 4, lambda record: "fast")
+    assert capsys.readouterr().err.splitlines() == [
+        f"test: step {k} of 4, loss {k - 1}.000 fast" for k in steps
+    ]
+    run(losses, 4, quiet=True)
+    assert capsys.readouterr().err == ""

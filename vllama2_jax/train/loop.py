@@ -16,6 +16,9 @@ from rich.table import Column
 
 from vllama2_jax.train.step import TrainState
 
+# Between lines where there is no terminal for a bar.
+_LINE_SECONDS = 30.0
+
 
 def run_steps(
     step: Callable,
@@ -55,7 +58,8 @@ def run_steps(
         that what is logged is never behind what is kept.
       due: whether `examine` and `keep` are called behind a step; they are behind the last.
       stop: called with each step that has begun; once true, that step is the last.
-      quiet: show no bar, as all processes but one.
+      quiet: show nothing, as all processes but one. The one shows a bar at a terminal; elsewhere,
+        as in the log of a pod, a line for the first step, now and then one, and for the last.
 
     Returns:
       The state behind the last step taken.
@@ -68,7 +72,7 @@ def run_steps(
     taken = int(state.step)
     last = taken + num_steps
     source = prefetch(iter(batches))
-    clock = time.perf_counter()
+    clock, said = time.perf_counter(), -math.inf
 
     def read(number: int, metrics: dict, dispatch: float, next_dispatch: float = 0.0) -> dict:
         """The numbers of a step, once it is done.
@@ -88,8 +92,15 @@ def run_steps(
         return record
 
     def show(record: dict) -> None:
-        words = (log(record) if log else None) or ""
-        bar.update(task, completed=record["step"] - taken, loss=record["loss"], words=words)
+        nonlocal said
+        number, words = record["step"], (log(record) if log else None) or ""
+        bar.update(task, completed=number - taken, loss=record["loss"], words=words)
+        if quiet or console.is_terminal:
+            return
+        if number == last or clock - said >= _LINE_SECONDS:
+            said = clock
+            line = f"{label}: step {number} of {last}, loss {record['loss']:.3f} {words}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
 
     # However the run ends, the thread that prepares its batches ends with it.
     with (

@@ -1,0 +1,82 @@
+# shellcheck shell=bash disable=SC2034 # ANSWER is read elsewhere
+# What the launch scripts share: words for people, and commands that are shown or run.
+
+# 1: show commands and run none.
+PRINT=0
+# What `ask` heard.
+ANSWER=
+
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "${0##*/}: bash 4.4 or newer is needed, this is $BASH_VERSION; on macOS: brew install bash" >&2
+  exit 2
+fi
+
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 1
+}
+
+# Wrong arguments.
+misused() {
+  printf '%s: %s; --help lists what there is\n' "${0##*/}" "$*" >&2
+  exit 2
+}
+
+# Comments go to stderr, so that stdout holds commands and nothing else.
+note() {
+  printf '%s\n' "$*" >&2
+}
+
+# Words as one line that a shell reads back as the same words. (Bash's own %q writes newlines in a
+# form that only bash reads; a remote login shell may be another.)
+quoted() {
+  local word line=
+  for word in "$@"; do
+    if [[ ! $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]]; then
+      word="'${word//\'/\'\\\'\'}'"
+    fi
+    line+="${line:+ }$word"
+  done
+  printf '%s' "$line"
+}
+
+# Show a command, or run it; the script ends where it fails.
+do_it() {
+  try "$@" || fail "this failed with exit code $?: $(quoted "$@")"
+}
+
+# The same, but its exit code is returned.
+try() {
+  if ((PRINT)); then
+    printf '%s\n' "$(quoted "$@")"
+    return
+  fi
+  "$@"
+}
+
+# ask EXPECTED COMMAND...: what a command writes into ANSWER, or MISSING where it says that there is
+# no such thing. Under --print the command is shown, and EXPECTED taken for its answer.
+ask() {
+  local expected=$1 errors code=0
+  shift
+  if ((PRINT)); then
+    try "$@"
+    ANSWER=$expected
+    return
+  fi
+  errors=$(mktemp)
+  ANSWER=$("$@" 2>"$errors") || code=$?
+  if ((code)) && grep -qiE 'NOT_FOUND|was not found' "$errors"; then
+    ANSWER=MISSING
+  elif ((code)); then
+    cat "$errors" >&2
+    rm -f "$errors"
+    fail "this failed with exit code $code: $(quoted "$@")"
+  fi
+  rm -f "$errors"
+}
+
+# needs PROGRAM REMEDY
+needs() {
+  ((PRINT)) || command -v "$1" >/dev/null || fail "$1 is not installed; $2"
+}
