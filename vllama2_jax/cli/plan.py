@@ -14,6 +14,14 @@ def add_plan(command) -> None:
     )
     plan.add_argument("--topology", required=True, help="v5p:4x4x4, v5p-128, v5e-256, 2xv5p-128")
     plan.add_argument("--model", help="what to begin with, as in `vllama2 train`")
+    plan.add_argument(
+        "--data",
+        metavar="FILE",
+        help="records, to say how full rows are and how many steps it takes",
+    )
+    plan.add_argument(
+        "--media-root", metavar="DIR", help="what their paths are relative to (the folder of FILE)"
+    )
     plan.add_argument("--batch", type=int, metavar="N", help="rows of a step")
     plan.add_argument("--steps", type=int, metavar="N", help="how many the run takes")
     plan.add_argument(
@@ -55,9 +63,12 @@ def _plan(options) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
+    from vllama2_jax.plan.records import with_records
     from vllama2_jax.plan.tables import show, show_published, show_ranked
 
     ranked = _plans(options, wanted)
+    if options.data:
+        ranked[0] = with_records(ranked[0])
     if options.json:
         found = [plan.to_json() for plan in ranked]
         print(json.dumps({"plans": found} if options.search else found[0], indent=1))
@@ -78,9 +89,8 @@ def _plans(options, wanted) -> list:
     from vllama2_jax.plan.planning import can_compile, plan
     from vllama2_jax.plan.search import search
 
-    shortcuts = Shortcuts(
-        model=options.model, batch=options.batch, steps=options.steps, mesh=options.mesh
-    )
+    names = ("model", "data", "media_root", "batch", "steps", "mesh")
+    shortcuts = Shortcuts(**{name: getattr(options, name) for name in names})
     config = build(resolve(options.config, shortcuts))
     if options.search is not None:
         rows = () if options.batch else (2 * config.rows, 4 * config.rows)

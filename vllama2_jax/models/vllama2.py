@@ -6,6 +6,7 @@ images, videos and sound.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -283,4 +284,10 @@ def abstract_params(
 
 def named_params(config: VLlama2Config, **kwargs) -> dict:
     """The same, each in a box that carries its logical axis names."""
+    return jax.tree.map(lambda leaf: leaf, _traced(config, **kwargs))
+
+
+@functools.lru_cache(maxsize=8)
+def _traced(config: VLlama2Config, **kwargs) -> dict:
+    # Takes seconds, and a search of plans asks for the same network again and again.
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0), **kwargs))

@@ -92,7 +92,7 @@ def _read_off(config, network, shape, topology, program: Program, text, hlo) -> 
         shape=shape,
         topology=topology,
         mesh=mesh,
-        memory=_memory(program, topology),
+        memory=memory_of(program.compiled, topology),
         flops=flops,
         stage=stage_or_none(config),
         compile_seconds=program.seconds,
@@ -119,13 +119,13 @@ def _refused(config, network: VLlama2Config, shape: Shape, topology, there, erro
     )
 
 
-def _memory(program: Program, topology: Topology) -> Memory:
-    """Of a compiled program.
+def memory_of(compiled: jax.stages.Compiled, topology: Topology) -> Memory:
+    """What a compiled program takes of each chip.
 
     `temp_size_in_bytes` is no measure on TPUs: it counts some arrays twice, so that the compiler
     accepts programs that would be too large by it (docs/decisions/plan-memory.md).
     """
-    stats = program.compiled.memory_analysis()
+    stats = compiled.memory_analysis()
     if topology.platform == "tpu":
         beside = stats.peak_memory_in_bytes - stats.argument_size_in_bytes
     else:  # other compilers do not say

@@ -13,7 +13,7 @@ from vllama2_jax.plan.search import in_words
 _CONVENTION = (
     "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
     "as they run; `model` without and `hardware` with what is computed again. Padding counts as "
-    "work; how much of a batch it is, `vllama2 train --dry-run` tells where the records are.",
+    "work; how much of the rows it is, --data tells.",
 )
 
 _RANKED = 12  # plans that a table shows
@@ -111,6 +111,8 @@ def _summary(plan: Plan) -> Table:
             ("step", f"{roof.step_seconds:.3f} s, {slots:,.0f} slots/s"),
             ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
         ]
+    if plan.useful_fraction is not None:
+        rows.append(("not padding", f"{plan.useful_fraction:.0%} of the slots of rows"))
     if roof and stage:
         hours = plan.hours
         rows.append(

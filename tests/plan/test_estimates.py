@@ -1,0 +1,94 @@
+"""Plans by formulas alone, and what is tried when one is searched for."""
+
+import dataclasses
+
+import pytest
+
+from tests.plan.conftest import config_of
+from vllama2_jax.models.zoo import model_config
+from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.topology import topology
+from vllama2_jax.plan import search as searching
+from vllama2_jax.plan.estimate import estimate
+from vllama2_jax.plan.result import Memory
+from vllama2_jax.plan.search import candidates, in_words, search
+from vllama2_jax.plan.stage import stage_of
+
+# Mistral 7B and the connector, in numbers of their configurations; the tower is CLIP ViT-L/14-336,
+# of which the last of 24 blocks and the last norm do not run.
+_MISTRAL = 32 * (4096 * 128 * (32 + 8 + 8 + 32) + 3 * 4096 * 14336 + 2 * 4096)
+MISTRAL = _MISTRAL + 2 * 32000 * 4096 + 4096
+
+
+def test_arguments_on_gpus_are_counted_to_the_byte_where_there_is_no_gpu():
+    found = estimate(config_of("video_sft"), topology("h100:8"))
+    # What trains has a float32 master and two moments; the frozen tower (0.3e9) is bfloat16.
+    least = MISTRAL * 12 / 8
+    assert found.estimated and found.compile_seconds is None
+    assert least <= found.memory.arguments <= 1.15 * least
+    assert found.fits and found.mesh["fsdp"] == 8
+
+
+def test_more_rows_and_fewer_chips_need_more_memory():
+    def peak(name, **shortcuts):
+        return estimate(config_of("video_sft", **shortcuts), topology(name)).memory.peak
+
+    assert peak("h100:8", batch=256) > peak("h100:8") > peak("h100:8x2")
+    assert not estimate(config_of("video_sft"), topology("h100:2")).fits
+
+
+def test_tensor_parallelism_sends_sums_of_activations():
+    config = config_of("video_sft", mesh="fsdp+tensor:tensor=4,fsdp=-1")
+    found = estimate(config, topology("h100:8"))
+    slots = 128 / 2 * found.shape.length
+    # Two behind attention and MLP, two in front of them on the way back, one computed again.
+    expected = 5 * 32 * slots * 4096 * 2
+    sums = [c for c in found.sent.collectives if c.axes == ("tensor",)]
+    assert sum(c.bytes * c.count for c in sums) == pytest.approx(expected)
+
+
+def test_the_stage_is_the_papers_samples():
+    config = config_of("video_sft")
+    assert stage_of(config) == (1_234_000, 9_641)
+    assert stage_of(dataclasses.replace(config, steps=10, epochs=None)) == (1280, 10)
+
+
+def test_candidates_split_what_can_be_split():
+    config = config_of("video_sft", model="2-8x7B")
+    tried = list(candidates(config, model_config("2-8x7B"), 64, (256,)))
+    meshes = {candidate.mesh for candidate in tried}
+    assert MeshConfig() in meshes
+    assert MeshConfig(layout="fsdp+expert", expert=8) in meshes
+    assert MeshConfig(layout="fsdp+tensor", tensor=8) in meshes
+    for candidate in tried:
+        parts = 64 // candidate.mesh.tensor // candidate.mesh.sequence
+        assert candidate.rows in (128, 256)
+        assert candidate.rows % (parts * candidate.micro_batches) == 0
+    without = candidates(config, model_config("2-7B"), 64)
+    assert all(candidate.mesh.expert == 1 for candidate in without)
+
+
+def test_the_fastest_that_fit_are_compiled_one_of_a_mesh_and_ranked_by_what_was_found(monkeypatch):
+    asked = []
+
+    def compiled(config, topology, length):
+        asked.append(config)
+        guess = estimate(config, topology, length=length)
+        crowded = config.mesh == MeshConfig() and config.micro_batches == 1
+        memory = Memory(1, topology.chip.hbm_bytes if crowded else 1, topology.chip.hbm_bytes)
+        return dataclasses.replace(guess, memory=memory, estimated=False)
+
+    monkeypatch.setattr(searching, "plan", compiled)
+    found = search(config_of("video_sft"), topology("v5p:2x2x4"), most=2)
+    assert found[0].fits and not found[-1].fits
+    fitting = [plan for plan in found if plan.fits]
+    assert len({plan.config.mesh for plan in fitting}) == len(fitting) == 2
+    speeds = [plan.samples_per_second for plan in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert asked[0].micro_batches == 1 and asked[1].mesh == MeshConfig()
+    assert in_words(found[0]).startswith("fsdp 16; 128 rows in 2 micro-batches")
+
+
+def test_where_no_mesh_fits_one_line_says_why():
+    with pytest.raises(ValueError, match=r"no mesh fits h100:8x4"):
+        search(config_of("video_sft", batch=3), topology("h100:8x4"))

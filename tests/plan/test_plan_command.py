@@ -1,0 +1,87 @@
+"""`vllama2 plan`: what it prints, and its exit code."""
+
+import json
+
+import pytest
+
+from vllama2_jax.cli import main
+
+# As users' scripts read them.
+KEYS = {"fits", "chips", "compile_seconds", "hbm_bytes_per_chip", "model_flops_per_step"}
+KEYS |= {"hardware_flops_per_step", "collectives", "hlo", "roofline", "stage", "useful_fraction"}
+TINY = ("plan", "--config=config:tiny_video_sft")
+
+
+def planned(capsys, *arguments) -> tuple[int, dict]:
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_json_of_a_step_on_a_slice_has_every_part(libtpu, capsys, tmp_path):
+    hlo = tmp_path / "step.txt"
+    code, found = planned(
+        capsys, *TINY, "--topology", "v5e:2x2", "--steps", "100", "--save-hlo", str(hlo)
+    )
+    assert code == 0 and found["fits"] is True and found["chips"] == 4
+    assert KEYS <= set(found)
+    memory = found["hbm_bytes_per_chip"]
+    assert set(memory) == {"arguments", "temporaries", "peak", "limit"}
+    assert memory["peak"] == memory["arguments"] + memory["temporaries"] < memory["limit"]
+    assert found["hardware_flops_per_step"] >= found["model_flops_per_step"] > 0
+    for sent in found["collectives"]:
+        assert {"kind", "axis", "bytes", "count"} <= set(sent)
+        assert sent["axis"] == "fsdp" and sent["bytes"] > 0
+    assert {"all-gather", "reduce-scatter"} & {sent["kind"] for sent in found["collectives"]}
+    roof = found["roofline"]
+    assert roof["step_seconds"] >= roof["compute_seconds"] > 0
+    peak = 4 * 197e12
+    assert roof["utilisation"] == pytest.approx(
+        found["model_flops_per_step"] / (roof["step_seconds"] * peak)
+    )
+    stage = found["stage"]
+    assert stage["steps"] == 100 and stage["samples"] == 100 * found["batch"]["rows"]
+    assert stage["hours"] == pytest.approx(100 * roof["step_seconds"] / 3600)
+    assert stage["chip_hours"] == pytest.approx(4 * stage["hours"])
+    assert found["hlo"] == str(hlo) and hlo.read_text().startswith("HloModule")
+
+
+def test_what_does_not_fit_ends_with_1_and_the_compilers_word(libtpu, capsys):
+    code, found = planned(
+        capsys, "plan", "--config=config:decoder_only", "--batch", "64", "--topology", "v5e:4x4"
+    )
+    assert code == 1 and found["fits"] is False
+    assert "exceeds available HBM" in found["refusal"]
+    assert found["hbm_bytes_per_chip"]["arguments"] > 17e9 and not found["collectives"]
+
+
+def test_without_a_gpu_formulas_answer_and_say_so(capsys):
+    code, found = planned(capsys, "plan", "--config=config:video_sft", "--topology", "h100:8x4")
+    assert code == 0 and found["estimated"] is True and found["compile_seconds"] is None
+    assert main(["plan", "--config=config:video_sft", "--topology", "h100:8x4"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "everything here is estimated by formulas" in text
+    assert "Nothing was compiled." in text
+
+
+def test_a_search_shows_plans_best_first(capsys):
+    code, found = planned(
+        capsys, "plan", "--config=config:video_sft", "--topology", "h100:8", "--search"
+    )
+    fits = [plan["fits"] for plan in found["plans"]]
+    assert code == 0 and fits == sorted(fits, reverse=True) and len(set(fits)) == 2
+    speeds = [plan["tokens_per_second"] for plan in found["plans"] if plan["fits"]]
+    assert len(speeds) > 10 and speeds == sorted(speeds, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--topology", "v9:4x4"), "unknown topology 'v9:4x4'; known: "),
+        (("--topology", "h100:8", "--mesh", "fsdp+tensor:tensor=3,fsdp=-1"), "does not fit 8"),
+        (("--topology", "h100:8", "--batch", "12"), "make --batch a multiple of them"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, arguments, words):
+    assert main(["plan", "--config=config:video_sft", *arguments]) != 0
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said

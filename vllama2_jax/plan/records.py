@@ -1,0 +1,74 @@
+"""What a run's own records say that a recipe cannot: how many steps, and how full its rows are."""
+
+import dataclasses
+import tempfile
+from typing import NamedTuple
+
+from vllama2_jax.plan.result import Plan
+from vllama2_jax.plan.stage import Stage
+from vllama2_jax.text import load_tokenizer
+from vllama2_jax.train.config import TrainConfig
+from vllama2_jax.train.dry_run import look_at
+from vllama2_jax.train.feeding import make_feeding
+from vllama2_jax.train.run import trained_card
+from vllama2_jax.train.start import describe_start
+
+
+class Looked(NamedTuple):
+    """What was counted in a run's first steps.
+
+    Attributes:
+      samples: records of the whole run.
+      steps: of the whole run.
+      useful_fraction: of the slots of its rows, if every row had the length that its bucket has,
+        those that hold a token or media.
+    """
+
+    samples: int
+    steps: int
+    useful_fraction: float
+
+
+def look_at_records(config: TrainConfig) -> Looked:
+    """Index a run's records, as the run would, and plan its steps.
+
+    Raises:
+      ValueError: if records, or the tokenizer of the model, cannot be read.
+    """
+    card, folder = describe_start(config.start)
+    tokenizer = load_tokenizer(folder)
+    with tempfile.TemporaryDirectory() as index:
+        feeding = make_feeding(
+            config.data,
+            trained_card(card, config, tokenizer),
+            tokenizer,
+            rows=config.rows,
+            seed=config.seed,
+            index_folder=index,
+            epochs=config.epochs,
+            steps=config.steps,
+            layer_drop=config.layer_drop,
+        )
+        buckets, steps = look_at(feeding), len(feeding.schedule)
+    looked = sum(bucket.steps for bucket in buckets)
+    slots = config.rows * sum(bucket.steps * bucket.length for bucket in buckets)
+    records = sum(bucket.records for bucket in buckets)
+    return Looked(
+        samples=round(records / looked * steps),
+        steps=steps,
+        useful_fraction=sum(bucket.tokens for bucket in buckets) / slots,
+    )
+
+
+def with_records(plan: Plan) -> Plan:
+    """A plan that knows its run's own records.
+
+    Raises:
+      ValueError: as `look_at_records` does.
+    """
+    looked = look_at_records(plan.config)
+    return dataclasses.replace(
+        plan,
+        stage=Stage(looked.samples, looked.steps),
+        useful_fraction=looked.useful_fraction,
+    )
