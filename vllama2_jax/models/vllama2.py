@@ -13,7 +13,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import constrain
+from vllama2_jax.models.axes import (
+    constrain,
+    divisible,
+    gather,
+    layout_in_force,
+    per_device,
+    using,
+)
 from vllama2_jax.models.beats import Beats, normalise_bank
 from vllama2_jax.models.cache import KVCache
 from vllama2_jax.models.config import VLlama2Config
@@ -161,11 +168,37 @@ class VLlama2(nn.Module):
         features = self.vision(pixels.astype(self.dtype))
         features = features.reshape(rows, num_frames, *features.shape[1:])
         by_clip = jax.vmap(lambda row, index: row[index])(features, clip_frames)
-        tokens = self.connector(by_clip.reshape(rows * clips, steps, *features.shape[2:]))
+        tokens = self._connect(by_clip.reshape(rows * clips, steps, *features.shape[2:]))
         tokens = tokens.reshape(rows, clips, *tokens.shape[1:])
         if clip_mask is not None:
             tokens = jnp.where(clip_mask[..., None, None], tokens, 0)
         return tokens.reshape(rows, -1, tokens.shape[-1])
+
+    def _connect(self, features: jax.Array) -> jax.Array:
+        """The connector's tokens [clips, num_tokens, W] of features [clips, T, patches, width].
+
+        Where the mesh gives every device whole clips, each gathers the kernels and runs on its own:
+        XLA, left to split the same program, takes three times as long to compile it for 64 TPUs and
+        sums gradients up whole (docs/decisions/convolutions.md).
+        """
+        layout, clips = layout_in_force(), divisible("images", len(features))
+        if layout is None or self.is_initializing() or clips is None:
+            return self.connector(features)
+        with using(None):
+            boxes = named_params(self.config)["connector"]
+        names = jax.tree.map(
+            lambda box: tuple(map(divisible, box.names, box.value.shape)),
+            boxes,
+            is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
+        )
+        connector = self.connector.clone(parent=None)
+
+        def local(params, features):
+            whole = jax.tree.map(lambda leaf, axes: gather(leaf, axes, layout), params, names)
+            return connector.apply({"params": whole}, features)
+
+        apart = per_device(local, (names, (clips, None, None, None)), (clips, None, None))
+        return constrain(apart(self.connector.variables["params"], features), "clips", None, None)
 
     def hear(
         self,
