@@ -9,7 +9,7 @@ from vllama2_jax.cli import main
 # As users' scripts read them.
 KEYS = {"fits", "chips", "compile_seconds", "hbm_bytes_per_chip", "model_flops_per_step"}
 KEYS |= {"hardware_flops_per_step", "collectives", "hlo", "roofline", "stage", "useful_fraction"}
-TINY = ("plan", "--config=config:tiny_video_sft")
+TINY = ("plan", "--config=config:tiny_video_sft", "--model", "tiny")
 
 
 def planned(capsys, *arguments) -> tuple[int, dict]:

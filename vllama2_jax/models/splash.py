@@ -4,6 +4,7 @@ The kernel takes one row, heads first, unscaled, in whole blocks, and skips bloc
 at trace time leaves empty. What depends on data (segments, padding) it masks inside the blocks.
 """
 
+import concurrent.futures
 import functools
 
 import jax
@@ -97,7 +98,8 @@ def _kernel(slices, length, num_slots, num_heads, causal, window):
         block_q_dq=block_q,
         block_kv_dq=block_kv,
     )
-    with jax.ensure_compile_time_eval():  # or the cache would keep arrays of one trace
+
+    def make():
         kernel = kernels.make_splash_mha(
             masks.MultiHeadMask([mask] * num_heads),
             block_sizes=sizes,
@@ -105,6 +107,12 @@ def _kernel(slices, length, num_slots, num_heads, causal, window):
             q_seq_shards=slices.count,
         )
         return jax.tree.map(np.asarray, kernel)
+
+    # Tables are made by JAX, and would be part of what is being traced here, where the cache must
+    # not keep them. Another thread traces nothing; `jax.ensure_compile_time_eval` is not enough
+    # inside of a scan of layers that are not computed again.
+    with concurrent.futures.ThreadPoolExecutor(1) as apart:
+        return apart.submit(make).result()
 
 
 def _of_slice(kernel, slices):

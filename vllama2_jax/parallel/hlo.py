@@ -26,6 +26,7 @@ _BOOKKEEPING = {
     "AssumeGatherIndicesInBound",
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
+    "ConcatBitcast",
     "GatherScatterIndicesBitpacked",
     "PrepareAsyncCallDone",
     "PrepareAsyncCallStart",

@@ -49,11 +49,11 @@ def show_ranked(plans: list[Plan], console: Console) -> None:
         table.add_row(
             in_words(plan),
             "yes" if plan.fits else "NO",
-            gigabytes(plan.memory.peak),
-            f"{roof.step_seconds:.2f} s" if roof else "-",
+            size(plan.memory.peak),
+            duration(roof.step_seconds) if roof else "-",
             f"{plan.samples_per_second:,.1f}" if roof else "-",
             f"{roof.utilisation:.1%}" if roof else "-",
-            gigabytes(plan.wire_bytes),
+            size(plan.wire_bytes),
         )
     console.print(table)
     if len(plans) > _RANKED:
@@ -79,9 +79,16 @@ def show_published(console: Console) -> None:
         console.print(f"- {sentence}", highlight=False)
 
 
-def gigabytes(count: float | None) -> str:
-    """In units of 10^9 bytes."""
-    return "-" if count is None else f"{count / 1e9:,.2f} GB"
+def size(count: float | None) -> str:
+    """Bytes, in units of 10^9 or, where they are few, 10^6."""
+    if count is None:
+        return "-"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """In seconds or, where they are few, milliseconds."""
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3f} ms"
 
 
 def _summary(plan: Plan) -> Table:
@@ -94,21 +101,24 @@ def _summary(plan: Plan) -> Table:
         ("on", f"{plan.topology.name}, {plan.topology.num_chips} chips; {mesh or 'one device'}"),
         ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each"),
         ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
-        ("arguments", f"{gigabytes(memory.arguments)} a chip: parameters, moments, the batch"),
-        ("temporaries", gigabytes(memory.temporaries)),
-        ("peak", f"{gigabytes(memory.peak)} of {gigabytes(memory.limit)}"),
+        ("arguments", f"{size(memory.arguments)} a chip: parameters, moments, the batch"),
+        ("temporaries", size(memory.temporaries)),
+        ("peak", f"{size(memory.peak)} of {size(memory.limit)}"),
         ("compiled in", _compiled(plan)),
         ("FLOPs of a step", f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware"),
     ]
     if plan.sent:
-        rows.append(("sent", f"{gigabytes(plan.wire_bytes)} by each chip and step"))
+        rows.append(("sent", f"{size(plan.wire_bytes)} by each chip and step"))
     if roof:
         slots = shape.rows * shape.length / roof.step_seconds
         rows += [
-            ("compute", f"{roof.compute_seconds:.3f} s"),
-            ("memory", f"{roof.hbm_seconds:.3f} s"),
-            ("links", f"{roof.ici_seconds:.3f} s, {roof.exposed_seconds:.3f} s of it exposed"),
-            ("step", f"{roof.step_seconds:.3f} s, {slots:,.0f} slots/s"),
+            ("compute", duration(roof.compute_seconds)),
+            ("memory", duration(roof.hbm_seconds)),
+            (
+                "links",
+                f"{duration(roof.ici_seconds)}, {duration(roof.exposed_seconds)} of it exposed",
+            ),
+            ("step", f"{duration(roof.step_seconds)}, {slots:,.0f} slots/s"),
             ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
         ]
     if plan.useful_fraction is not None:
@@ -144,8 +154,8 @@ def _collectives(plan: Plan) -> Table:
             total.kind,
             total.axis,
             f"{total.count:,}",
-            gigabytes(total.bytes),
-            gigabytes(total.wire_bytes),
-            gigabytes(total.overlapped_bytes),
+            size(total.bytes),
+            size(total.wire_bytes),
+            size(total.overlapped_bytes),
         )
     return table
