@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vllama2_jax.accelerators import leave_out_tpus_that_are_not_there
+
 _FAMILIES = ("motion", "order", "count", "change", "beeps", "noise", "sync", "sounding")
 
 
@@ -18,6 +20,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--out", default="demo", help="folder of files and pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=2026, help="other seeds show other scenes")
     options = parser.parse_args(arguments)
+    leave_out_tpus_that_are_not_there()
     show(Path(options.out), options.seed)
     return 0
 

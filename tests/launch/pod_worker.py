@@ -12,6 +12,7 @@ from pathlib import Path
 from jax._src import cloud_tpu_init, distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster
 
+from vllama2_jax import accelerators
 from vllama2_jax.parallel import hosts
 
 
@@ -25,7 +26,7 @@ def main(worker: str, workers: int, chips: str) -> None:
     for module in (cloud_tpu_init, cloud_tpu_cluster, cluster):
         module.running_in_cloud_tpu_vm = True
     os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # JAX sets it where it sees no chips
-    hosts.Path = lambda place: Path(chips + place)
+    accelerators.Path = lambda place: Path(chips + place)
     hosts.join()
     found = distributed.global_state
     told = {"process": found.process_id, "processes": found.num_processes}

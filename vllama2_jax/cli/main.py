@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from vllama2_jax.accelerators import leave_out_tpus_that_are_not_there
 from vllama2_jax.cli.ask import add_ask, add_chat
 from vllama2_jax.cli.convert import add_convert
 from vllama2_jax.cli.data import add_data
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Quiet by default: XLA's and TensorStore's notes are for their developers.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    leave_out_tpus_that_are_not_there()
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.showwarning = _note

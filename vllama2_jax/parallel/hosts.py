@@ -8,10 +8,11 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from jax._src import distributed
+
+from vllama2_jax.accelerators import has_tpus
 
 _MINUTE = 60.0
 # A process that has died is noticed after this long; the others then end.
@@ -73,9 +74,8 @@ def _under_slurm() -> bool:
 
 
 def _on_tpu_vm() -> bool:
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    return has_tpus() and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
 
 
 def several() -> bool:
