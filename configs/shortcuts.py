@@ -10,8 +10,7 @@ from vllama2_jax.configs.fiddlers import lora
 from vllama2_jax.configs.parse import parse
 from vllama2_jax.data.files import is_remote
 from vllama2_jax.models.zoo import PUBLISHED_PARTS, model_config
-from vllama2_jax.parallel.mesh import MeshConfig
-from vllama2_jax.parallel.rules import MESH_AXES
+from vllama2_jax.parallel.mesh import MeshConfig, read_mesh
 from vllama2_jax.train.config import STORED, SourceConfig, TrainConfig
 from vllama2_jax.weights import describe
 
@@ -136,17 +135,8 @@ def _apply(config: fdl.Config[TrainConfig], shortcuts: Shortcuts) -> None:
 
 def _lay_out(mesh: fdl.Config[MeshConfig], text: str) -> None:
     """Set what a text like "fsdp+tensor:tensor=4,fsdp=-1" says of a mesh."""
-    layout, _, sizes = text.partition(":") if "=" not in text or ":" in text else ("", "", text)
-    if layout:
-        mesh.layout = layout
-    for part in filter(None, sizes.split(",")):
-        axis, _, size = part.partition("=")
-        if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not size.lstrip("-").isdecimal():
-            raise ValueError(
-                f"--mesh {text}: {part!r} is not AXIS=SIZE; axes are {', '.join(MESH_AXES)}, "
-                "dcn_data, dcn_fsdp, as in fsdp+tensor:tensor=4,fsdp=-1"
-            )
-        setattr(mesh, axis, int(size))
+    for field, value in read_mesh(text).items():
+        setattr(mesh, field, value)
 
 
 def _start_from(config: fdl.Config[TrainConfig], model: str) -> None:

@@ -85,5 +85,5 @@ def test_the_command_line_says_a_mesh_in_one_word(text, wanted):
 
 
 def test_a_mesh_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match="--mesh tensr=2: 'tensr=2' is not AXIS=SIZE"):
+    with pytest.raises(ValueError, match="mesh tensr=2: 'tensr=2' is not AXIS=SIZE"):
         resolve(["config:video_sft"], Shortcuts(mesh="tensr=2"))

@@ -46,6 +46,11 @@ def _model_options(parser) -> None:
         help="tiny, a directory, a published name (2.1-7B-16F), or a hub id (%(default)s)",
     )
     group.add_argument("--dtype", help="float32 or bfloat16 (by default what suits the device)")
+    group.add_argument(
+        "--mesh",
+        metavar="SIZES",
+        help="split the model over all devices, as in fsdp+tensor:tensor=-1,fsdp=1",
+    )
     group.add_argument("--preset", choices=("reference", "paper"), help="how media are read")
 
 
@@ -75,7 +80,9 @@ def _load(options):
     from vllama2_jax.progress import bar
 
     with bar("reading", unit="tensors") as progress:
-        model = load(options.model, options.dtype, options.preset, progress=progress)
+        model = load(
+            options.model, options.dtype, options.preset, mesh=options.mesh, progress=progress
+        )
     raised = {name: value for name in _LIMITS if (value := getattr(options, name)) is not None}
     model.limits = dataclasses.replace(model.limits, **raised)
     return model

@@ -12,6 +12,7 @@ from vllama2_jax.infer.programs import Programs
 from vllama2_jax.infer.sampling import Sampling
 from vllama2_jax.infer.session import Session
 from vllama2_jax.media import Limits
+from vllama2_jax.models.axes import Layout
 from vllama2_jax.text import (
     Spliced,
     choose_template,
@@ -30,7 +31,15 @@ _BATCH_ROWS = 8
 class Model:
     """VideoLLaMA 2 with its parameters, tokenizer and reading rules; made by `vllama2_jax.load`."""
 
-    def __init__(self, params, card: ModelCard, tokenizer, dtype, split_experts: bool = False):
+    def __init__(
+        self,
+        params,
+        card: ModelCard,
+        tokenizer,
+        dtype,
+        split_experts: bool = False,
+        layout: Layout | None = None,
+    ):
         """Put the parts together.
 
         Args:
@@ -39,12 +48,13 @@ class Model:
           tokenizer: of `text/tokenizer.py`.
           dtype: of activations.
           split_experts: the form of the experts' parameters (see `models/stacking.py`).
+          layout: how the parameters lie on several devices; None is one.
         """
         self.card, self.tokenizer = card, tokenizer
         #: Bounds of every read of media; raise them here when an error says so.
         self.limits = Limits()
         self.template = card.template or choose_template(card.config.decoder.family, tokenizer)
-        self.generator = Generator(Programs(card.config, dtype, split_experts), params)
+        self.generator = Generator(Programs(card.config, dtype, split_experts, layout), params)
 
     @property
     def config(self):

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.infer.sampling import Sampler, choose
-from vllama2_jax.models.cache import KVCache, init_cache
+from vllama2_jax.models.axes import Layout, using
+from vllama2_jax.models.cache import CACHE_AXES, KVCache, init_cache
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
+from vllama2_jax.parallel.backends import attention_backend, moe_backend
 
 
 @flax.struct.dataclass
@@ -58,11 +60,31 @@ class Prompt:
 class Programs:
     """Jitted functions of one network; parameters are always an argument."""
 
-    def __init__(self, config: VLlama2Config, dtype, split_experts: bool = False):
-        """Prepare (not compile) the programs for activations of `dtype`."""
-        self.config = config
-        self.dtype = dtype
-        self.network = VLlama2(config, dtype=dtype, scan_layers=False, split_experts=split_experts)
+    def __init__(
+        self,
+        config: VLlama2Config,
+        dtype,
+        split_experts: bool = False,
+        layout: Layout | None = None,
+    ):
+        """Prepare (not compile) the programs.
+
+        Args:
+          config: of the network.
+          dtype: of activations.
+          split_experts: see `models/stacking.py`.
+          layout: how arrays are split over several devices; None is one.
+        """
+        self.config, self.dtype, self.layout = config, dtype, layout
+        backends = {}
+        if layout:
+            there = layout.mesh.devices
+            backends = dict(
+                attention_backend=attention_backend(there), moe_backend=moe_backend(there)
+            )
+        self.network = VLlama2(
+            config, dtype=dtype, scan_layers=False, split_experts=split_experts, **backends
+        )
         # float32 means float32: accelerators would otherwise multiply in TF32 or bf16 passes.
         precision = "highest" if dtype == jnp.float32 else None
         jit = functools.partial(_jit_with_precision, precision)
@@ -74,11 +96,22 @@ class Programs:
         self.decode = jit(self._decode, donate_argnames="state")
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache."""
-        return init_cache(self.config.decoder, rows, capacity, self.dtype)
+        """An empty cache, which lies where the layout has its parts."""
+        make = functools.partial(init_cache, self.config.decoder, rows, capacity, self.dtype)
+        if self.layout is None:
+            return make()
+
+        def where(leaf):
+            names = (
+                CACHE_AXES[-leaf.ndim :] if leaf.ndim > 2 else (CACHE_AXES[0], None)[: leaf.ndim]
+            )
+            return self.layout.sharding(names, leaf.shape)
+
+        return jax.jit(make, out_shardings=jax.tree.map(where, jax.eval_shape(make)))()
 
     def _apply(self, params, method, *args):
-        return self.network.apply({"params": params}, *args, method=method)
+        with using(self.layout):
+            return self.network.apply({"params": params}, *args, method=method)
 
     def _encode(self, params, frames, clip_frames):
         """uint8 [B, F, S, S, 3], int32 [B, K, T] -> [B, K * num_tokens, W]."""

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 from vllama2_jax.models.config import DecoderConfig
 
+# Names of the axes of keys and values; a single row has no first.
+CACHE_AXES = ("batch", "kv_heads", None, "head_dim")
+
 
 @flax.struct.dataclass
 class KVCache:

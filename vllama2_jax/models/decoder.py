@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vllama2_jax.models.attention import attend
 from vllama2_jax.models.axes import constrain
-from vllama2_jax.models.cache import KVCache
+from vllama2_jax.models.cache import CACHE_AXES, KVCache
 from vllama2_jax.models.config import DecoderConfig
 from vllama2_jax.models.linear import Linear
 from vllama2_jax.models.moe import MoE
@@ -26,7 +26,8 @@ def _write(cached, new, end):
     update = new.swapaxes(1, 2).astype(cached.dtype)
     update = update.reshape(*cached.shape[:-2], *update.shape[-2:])
     slot = (*[0] * (cached.ndim - 2), end, 0)
-    return jax.lax.dynamic_update_slice(cached, update, slot)
+    names = CACHE_AXES[-cached.ndim :]
+    return constrain(jax.lax.dynamic_update_slice(cached, update, slot), *names)
 
 
 def _read(cached, batch):

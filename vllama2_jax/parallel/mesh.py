@@ -101,6 +101,34 @@ class MeshConfig:
         return {axis: left if size == _REST else size for axis, size in parts.items()}
 
 
+def read_mesh(text: str) -> dict[str, str | int]:
+    """Fields of `MeshConfig` that a text like "fsdp+tensor:tensor=4,fsdp=-1" says.
+
+    Raises:
+      ValueError: for a part that is not AXIS=SIZE.
+    """
+    layout, _, sizes = text.partition(":") if "=" not in text or ":" in text else ("", "", text)
+    said: dict[str, str | int] = {"layout": layout} if layout else {}
+    for part in filter(None, sizes.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not size.lstrip("-").isdecimal():
+            raise ValueError(
+                f"mesh {text}: {part!r} is not AXIS=SIZE; axes are {', '.join(MESH_AXES)}, "
+                "dcn_data, dcn_fsdp, as in fsdp+tensor:tensor=4,fsdp=-1"
+            )
+        said[axis] = int(size)
+    return said
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh that such a text means.
+
+    Raises:
+      ValueError: as `read_mesh` and `MeshConfig` do.
+    """
+    return MeshConfig(**read_mesh(text))
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Lay devices out so that the fastest axes lie along the fastest links.
 

@@ -118,7 +118,9 @@ class Validation:
         del params
         params = unstack(flat, split_experts=False)
         if self._model is None:
-            self._model = Model(params, self._card, self._tokenizer, self._dtype)
+            self._model = Model(
+                params, self._card, self._tokenizer, self._dtype, layout=self._layout
+            )
         self._model.generator.params = params  # the programs are compiled once
         with bar("asking", unit="answers") as progress:
             records, pairs = self._questions()
