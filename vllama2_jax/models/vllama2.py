@@ -179,7 +179,7 @@ class VLlama2(nn.Module):
 
         Where the mesh gives every device whole clips, each gathers the kernels and runs on its own:
         XLA, left to split the same program, takes three times as long to compile it for 64 TPUs and
-        sums gradients up whole (docs/decisions/convolutions.md).
+        sums gradients up whole (docs/decisions/gathering.md).
         """
         layout, clips = layout_in_force(), divisible("images", len(features))
         if layout is None or self.is_initializing() or clips is None:
