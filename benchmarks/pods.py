@@ -90,38 +90,37 @@ def gigabytes(count) -> str:
     return "-" if count is None else f"{count / 1e9:,.1f}"
 
 
-def show_pods(found: dict[str, dict], console: Console) -> None:
-    """The recipe on slices."""
-    table = Table(title="One step of the recipe, of each chip (GB)")
-    columns = ("model", "step", "slice", "fits", "mesh and batch", "arguments", "peak", "limit")
-    for name in (*columns, "sent", "step s", "utilisation", "stage, hours"):
-        table.add_column(name)
+def of_pods(found: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
+    """The recipe on slices: title, columns, rows."""
+    columns = ["model", "step", "slice", "fits", "mesh and batch", "arguments", "peak", "limit"]
+    columns += ["sent", "step, s", "utilisation", "stage, hours"]
+    rows = []
     for cell in cells():
         said = found.get(cell.key)
         if cell.kind != "pods" or said is None:
             continue
         memory, roof, stage = said["hbm_bytes_per_chip"], said["roofline"], said["stage"]
         fits = "yes" if said["fits"] else "no"
-        table.add_row(
-            *(cell.model, cell.recipe, cell.slice),
-            fits + (" (by formulas)" if said["estimated"] else ""),
-            said["in_words"],
-            *(gigabytes(memory[name]) for name in ("arguments", "peak", "limit")),
-            gigabytes(said["wire_bytes"]),
-            f"{roof['step_seconds']:.2f}" if roof else "-",
-            f"{roof['utilisation']:.1%}" if roof else "-",
-            f"{stage['hours']:,.1f}" if roof and stage else "-",
+        rows.append(
+            [
+                *(cell.model, cell.recipe, cell.slice),
+                fits + (" (by formulas)" if said["estimated"] else ""),
+                said["in_words"],
+                *(gigabytes(memory[name]) for name in ("arguments", "peak", "limit")),
+                gigabytes(said["wire_bytes"]),
+                f"{roof['step_seconds']:.2f}" if roof else "-",
+                f"{roof['utilisation']:.1%}" if roof else "-",
+                f"{stage['hours']:,.1f}" if roof and stage else "-",
+            ]
         )
-    console.print(table)
+    return "One step of the recipe, of each chip (GB)", columns, rows
 
 
-def show_decoder(found: dict[str, dict], console: Console) -> None:
-    """The language model alone, and how it scales."""
-    alone = [(c, found[c.key]) for c in cells() if c.kind == "decoder" and c.key in found]
-    if not alone:
-        return
-    first = alone[0][1]
-    table = Table("", "ours", "MaxText", title="8x7B's language model alone, 64 chips of v5p")
+def of_the_decoder(found: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
+    """The language model alone, beside MaxText."""
+    first = next(
+        found[cell.key] for cell in cells() if cell.kind == "decoder" and cell.key in found
+    )
     memory = first["hbm_bytes_per_chip"]
     ours = (
         f"{first['compile_seconds']:.0f} s",
@@ -129,23 +128,39 @@ def show_decoder(found: dict[str, dict], console: Console) -> None:
         f"{gigabytes(first['wire_bytes'])} GB",
     )
     names = ("compiled in", "arguments of a chip", "peak of a chip", "sent by a chip and step")
-    for row in zip(names, ours, MAXTEXT, strict=True):
-        table.add_row(*row)
-    console.print(table)
-    table = Table(title="Two rows a chip, of each chip and step (GB)")
-    for name in ("chips", "gathered", "scattered", "all-reduced", "on the wire", "peak", "step s"):
-        table.add_column(name, justify="right")
-    for _, said in alone:
+    rows = [list(row) for row in zip(names, ours, MAXTEXT, strict=True)]
+    return "8x7B's language model alone, 64 chips of v5p", ["", "ours", "MaxText"], rows
+
+
+def of_scaling(found: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
+    """The same on more chips."""
+    rows = []
+    for said in (found[c.key] for c in cells() if c.kind == "decoder" and c.key in found):
         sent = {one["kind"]: one["wire_bytes"] for one in said["collectives"]}
         kinds = ("all-gather", "reduce-scatter", "all-reduce")
-        table.add_row(
-            str(said["chips"]),
-            *(gigabytes(sent.get(kind, 0)) for kind in kinds),
-            gigabytes(said["wire_bytes"]),
-            gigabytes(said["hbm_bytes_per_chip"]["peak"]),
-            f"{said['roofline']['step_seconds']:.2f}" if said["roofline"] else "-",
+        rows.append(
+            [
+                str(said["chips"]),
+                *(gigabytes(sent.get(kind, 0)) for kind in kinds),
+                gigabytes(said["wire_bytes"]),
+                gigabytes(said["hbm_bytes_per_chip"]["peak"]),
+                f"{said['roofline']['step_seconds']:.2f}" if said["roofline"] else "-",
+            ]
         )
-    console.print(table)
+    columns = ["chips", "gathered", "scattered", "all-reduced", "on the wire", "peak", "step, s"]
+    return "Two rows a chip, of each chip and step (GB)", columns, rows
+
+
+def show(title: str, columns: list[str], rows: list[list[str]], console, markdown: bool):
+    """Print a table, for people at a terminal or for a page."""
+    if not markdown:
+        table = Table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    print(f"{title}:\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
 
 
 def main():
@@ -153,6 +168,7 @@ def main():
     parser.add_argument("--kept", default="runs/pods.jsonl", help="where results are kept")
     parser.add_argument("--only", default="", help="cells whose key holds this")
     parser.add_argument("--table", action="store_true", help="compile nothing, show what is kept")
+    parser.add_argument("--markdown", action="store_true", help="tables as a page has them")
     options = parser.parse_args()
     kept, console = Path(options.kept), Console(width=200)
     found = {}
@@ -171,8 +187,9 @@ def main():
             continue
         with kept.open("a") as file:
             file.write(json.dumps({"key": cell.key, "plan": found[cell.key]}) + "\n")
-    show_pods(found, console)
-    show_decoder(found, console)
+    for table in (of_pods, of_the_decoder, of_scaling):
+        if found:
+            show(*table(found), console, options.markdown)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is told of a machine's accelerators before JAX looks for them."""
 
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from vllama2_jax import accelerators
         ({"libtpu"}, (), None, "cpu"),
         ({"libtpu"}, ("vfio/0",), None, None),
         ({"libtpu"}, ("accel0",), None, None),
-        ({"libtpu", "jax_cuda12_plugin"}, (), None, None),
+        ({"libtpu", "jax_cuda12"}, (), None, None),
         (set(), (), None, None),
         ({"libtpu"}, (), "cuda", "cuda"),
     ],
@@ -28,6 +29,7 @@ def test_a_compiler_for_tpus_alone_does_not_make_jax_look_for_one(
         (tmp_path / "dev" / chip).touch()
     monkeypatch.setattr(accelerators, "Path", lambda place: Path(f"{tmp_path}{place}"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: packages - {"libtpu"})
     monkeypatch.delenv("JAX_PLATFORMS")
     if given:
         monkeypatch.setenv("JAX_PLATFORMS", given)

@@ -1,5 +1,6 @@
 """Which accelerators this machine has, as far as that can be told before JAX looks for them."""
 
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -13,10 +14,11 @@ def has_tpus() -> bool:
 def leave_out_tpus_that_are_not_there() -> None:
     """Keep JAX from looking for TPUs where libtpu is installed as a compiler alone.
 
-    It would complain on stderr, and ask a metadata server that may not be there. Says nothing where
-    JAX_PLATFORMS is set, or JAX's packages for GPUs are installed. Must come before JAX is used.
+    It would complain on stderr, and ask a metadata server that may not be there. Does nothing where
+    JAX_PLATFORMS is set, or a plugin for other devices, such as GPUs, is installed. Must come
+    before JAX is used.
     """
     compiler_alone = importlib.util.find_spec("libtpu") is not None and not has_tpus()
-    gpus = any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13))
-    if compiler_alone and not gpus:
+    others = importlib.metadata.entry_points(group="jax_plugins")
+    if compiler_alone and not others:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,7 +1,8 @@
 """Asks `tiny` on one device and, laid out in several ways, on eight simulated ones.
 
 Run by `test_sharded_generation.py` in a process of its own, since the number of devices is fixed
-when JAX starts. Prints one JSON object, {mesh: {"answers", "logits" differ by, "split" bytes}}.
+when JAX starts. Prints one JSON object, {mesh: {"alone" and "together": whether answers
+are the same, "logits": how they differ, "share": of the parameters' bytes that a device holds}}.
 """
 
 import json

@@ -90,5 +90,7 @@ def test_the_fastest_that_fit_are_compiled_one_of_a_mesh_and_ranked_by_what_was_
 
 
 def test_where_no_mesh_fits_one_line_says_why():
-    with pytest.raises(ValueError, match=r"no mesh fits h100:8x4"):
+    with pytest.raises(
+        ValueError, match=r"no mesh fits h100:8x4: 3 rows divide over none; change --batch"
+    ):
         search(config_of("video_sft", batch=3), topology("h100:8x4"))

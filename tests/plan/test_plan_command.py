@@ -79,9 +79,31 @@ def test_a_search_shows_plans_best_first(capsys):
         (("--topology", "v9:4x4"), "unknown topology 'v9:4x4'; known: "),
         (("--topology", "h100:8", "--mesh", "fsdp+tensor:tensor=3,fsdp=-1"), "does not fit 8"),
         (("--topology", "h100:8", "--batch", "12"), "make --batch a multiple of them"),
+        (("--topology", "h100:8", "--search", "0"), "--search 0 must be at least 1"),
+        (("--topology", "h100:8", "--search", "--save-hlo", "x"), "--save-hlo keeps the one"),
+        (("--topology", "2xv5p-128", "--estimate"), "as in --mesh dcn_data=2"),
+        (("--topology", "h100:8", "--model", "tiny", "--data", "/nowhere.json"), "/nowhere.json"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(capsys, arguments, words):
     assert main(["plan", "--config=config:video_sft", *arguments]) != 0
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+def test_records_say_how_many_steps_a_run_takes_and_how_full_its_rows_are(capsys, tmp_path):
+    words = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A ball."}]
+    records = [{"id": str(number), "conversations": words} for number in range(16)]
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(records))
+    arguments = ["plan", "--config=config:tiny_video_sft", "--model", "tiny", "--estimate"]
+    arguments += ["--topology", "h100:8", "--batch", "8", "--data", str(file)]
+    arguments += ["--config=set:epochs=3", "--config=set:steps=None"]
+    code, found = planned(capsys, *arguments)
+    assert code == 0
+    stage = found["stage"]
+    assert stage["samples"] == pytest.approx(48, abs=8) and 1 <= stage["steps"] <= 6
+    assert 0 < found["useful_fraction"] < 1
+    # All rows are alike, so that the share of a row is the share of all.
+    assert main([*arguments]) == 0
+    assert f"{found['useful_fraction']:.0%} of the slots" in capsys.readouterr().out

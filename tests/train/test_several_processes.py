@@ -15,16 +15,16 @@ _OPTIONS = (
     "--batch 4 --workers 0 --config config:video_sft --config set:dtype='float32' "
     "--config set:optimizer.learning_rate=1e-2 --config set:data.max_tokens=120"
 )
+# The recipe of `tiny` that hears and sees, on scenes that are rendered on the way.
+_TINY = "--model tiny --config config:tiny_av_joint --batch 8 --workers 0"
 
 
 class Runs:
     """Starts the same run in so many processes, each with so many simulated devices."""
 
-    def __init__(self, model, records, programs):
-        self._arguments = [sys.executable, "-m", "vllama2_jax.cli", "train"]
-        self._arguments += ["--model", str(model), "--data", str(records)]
-        self._arguments += ["--steps", str(STEPS), "--save-every", str(EVERY), *_OPTIONS.split()]
-        self._programs = programs
+    def __init__(self, *options):
+        self._arguments = [sys.executable, "-m", "vllama2_jax.cli", "train", *options]
+        self._arguments += ["--steps", str(STEPS), "--save-every", str(EVERY)]
 
     def start(self, out, processes=1, devices=1):
         with socket.socket() as probe:
@@ -58,8 +58,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(small_model, clips, tmp_path_factory):
-    return Runs(small_model, clips / "train.json", tmp_path_factory.mktemp("programs"))
+def runs(small_model, clips):
+    records = str(clips / "train.json")
+    return Runs("--model", str(small_model), "--data", records, *_OPTIONS.split())
 
 
 def losses(out):
@@ -93,9 +94,8 @@ def test_four_devices_of_one_process_give_its_losses(runs, alone, tmp_path):
     same(losses(tmp_path / "run"), alone)
 
 
-@pytest.mark.slow
-def test_a_run_is_killed_in_two_processes_and_goes_on_in_four_and_in_one(runs, alone, tmp_path):
-    out = tmp_path / "run"
+def kill_and_go_on(runs, out):
+    """In two processes, in four, and in one to the end; the first two are killed on the way."""
     for processes, step in ((2, EVERY), (4, 3 * EVERY)):
         started = runs.start(out, processes=processes)
         wait_for(out, step, started)
@@ -104,4 +104,17 @@ def test_a_run_is_killed_in_two_processes_and_goes_on_in_four_and_in_one(runs, a
             process.wait(timeout=300)
         assert started[0].returncode != 0
     runs.finish(out)
-    same(losses(out), alone)
+
+
+@pytest.mark.slow
+def test_a_run_is_killed_in_two_processes_and_goes_on_in_four_and_in_one(runs, alone, tmp_path):
+    kill_and_go_on(runs, tmp_path / "run")
+    same(losses(tmp_path / "run"), alone)
+
+
+@pytest.mark.slow
+def test_tiny_hears_and_sees_to_the_same_losses_however_many_processes_train_it(tmp_path):
+    runs = Runs(*_TINY.split())
+    runs.finish(tmp_path / "alone")
+    kill_and_go_on(runs, tmp_path / "run")
+    same(losses(tmp_path / "run"), losses(tmp_path / "alone"))

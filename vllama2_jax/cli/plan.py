@@ -56,6 +56,7 @@ def add_plan(command) -> None:
 
 
 def _plan(options) -> int:
+    _check(options)
     from vllama2_jax.parallel.topology import topology
 
     wanted = topology(options.topology)
@@ -63,12 +64,9 @@ def _plan(options) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
-    from vllama2_jax.plan.records import with_records
     from vllama2_jax.plan.tables import show, show_published, show_ranked
 
     ranked = _plans(options, wanted)
-    if options.data:
-        ranked[0] = with_records(ranked[0])
     if options.json:
         found = [plan.to_json() for plan in ranked]
         print(json.dumps({"plans": found} if options.search else found[0], indent=1))
@@ -82,25 +80,48 @@ def _plan(options) -> int:
     return 0 if ranked[0].fits else 1
 
 
+def _check(options) -> None:
+    """Refuse options that cannot be meant."""
+    for name in ("search", "length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    if options.save_hlo and (options.search or options.estimate):
+        raise ValueError("--save-hlo keeps the one program that is compiled; leave out the others")
+    if options.search and options.mesh and "dcn" not in options.mesh:
+        raise ValueError("--search tries meshes; leave out --mesh, or --search to plan that one")
+
+
 def _plans(options, wanted) -> list:
+    """One plan, or those of a search; with what their records say."""
     from vllama2_jax.configs.parse import build
     from vllama2_jax.configs.shortcuts import Shortcuts, resolve
     from vllama2_jax.plan.estimate import estimate
     from vllama2_jax.plan.planning import can_compile, plan
+    from vllama2_jax.plan.records import records_of
     from vllama2_jax.plan.search import search
 
     names = ("model", "data", "media_root", "batch", "steps", "mesh")
     shortcuts = Shortcuts(**{name: getattr(options, name) for name in names})
     config = build(resolve(options.config, shortcuts))
-    if options.search is not None:
-        rows = () if options.batch else (2 * config.rows, 4 * config.rows)
-        return search(
-            config, wanted, rows=rows, length=options.length, most=options.search, told=_say
+    # Records first: what is wrong with them is seen sooner than anything is compiled.
+    known = records_of(config) if options.data else None
+    compiling = not options.estimate and can_compile(wanted)
+    if options.search:
+        found = search(
+            config,
+            wanted,
+            rows=() if options.batch else (2 * config.rows, 4 * config.rows),
+            length=options.length,
+            most=options.search if compiling else 0,
+            told=_say,
         )
-    if options.estimate or not can_compile(wanted):
-        return [estimate(config, wanted, length=options.length)]
-    _say(f"compiling {config.name} for {wanted.name}; a large model takes minutes")
-    return [plan(config, wanted, length=options.length, save_hlo=options.save_hlo)]
+    elif compiling:
+        _say(f"compiling {config.name} for {wanted.name}; a large model takes minutes")
+        found = [plan(config, wanted, length=options.length, save_hlo=options.save_hlo)]
+    else:
+        found = [estimate(config, wanted, length=options.length)]
+    return [known.told_to(plan) for plan in found] if known else found
 
 
 def _say(text: str) -> None:

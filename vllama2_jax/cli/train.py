@@ -67,6 +67,7 @@ def _train(options) -> int:
     if not options.data:
         names = ", ".join(source.name for source in config.data.sources)
         print(f"no --data: {config.name} reads its own ({names})", file=sys.stderr)
+    from vllama2_jax.parallel import hosts
     from vllama2_jax.train.run import run
     from vllama2_jax.train.run_folder import FAULTS
 
@@ -84,7 +85,8 @@ def _train(options) -> int:
             file=sys.stderr,
         )
         return 128 + done.stopped_by
-    print(f"{done.steps} steps done; ask it: vllama2 ask VIDEO QUESTION --model {options.out}")
+    if hosts.is_first():
+        print(f"{done.steps} steps done; ask it: vllama2 ask VIDEO QUESTION --model {options.out}")
     return 0
 
 

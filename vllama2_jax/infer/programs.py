@@ -6,13 +6,14 @@ small `until` again and again, which is the same program.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from vllama2_jax.infer.sampling import Sampler, choose
-from vllama2_jax.models.axes import Layout, using
+from vllama2_jax.models.axes import Layout, constrain, using
 from vllama2_jax.models.cache import CACHE_AXES, KVCache, init_cache
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
@@ -76,6 +77,7 @@ class Programs:
           layout: how arrays are split over several devices; None is one.
         """
         self.config, self.dtype, self.layout = config, dtype, layout
+        self._caches: dict[tuple[int, int], Callable] = {}
         backends = {}
         if layout:
             there = layout.mesh.devices
@@ -107,7 +109,10 @@ class Programs:
             )
             return self.layout.sharding(names, leaf.shape)
 
-        return jax.jit(make, out_shardings=jax.tree.map(where, jax.eval_shape(make)))()
+        if (rows, capacity) not in self._caches:  # a program of its own for each size
+            shardings = jax.tree.map(where, jax.eval_shape(make))
+            self._caches[rows, capacity] = jax.jit(make, out_shardings=shardings)
+        return self._caches[rows, capacity]()
 
     def _apply(self, params, method, *args):
         with using(self.layout):
@@ -150,7 +155,7 @@ class Programs:
         rows, vocab = logits.shape
         seen = jnp.zeros((rows, vocab if sampler.penalises else 0), bool)
         token = choose(logits, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), sampler)
-        return Generation(
+        state = Generation(
             cache=cache,
             tokens=jnp.zeros((rows, room), jnp.int32).at[:, 0].set(token),
             count=jnp.int32(1),
@@ -160,6 +165,14 @@ class Programs:
             seen=_mark(seen, token),
             keys=keys,
         )
+        return self._readable(state)
+
+    def _readable(self, state: Generation) -> Generation:
+        """The same, with what the host reads whole on every device, and so in every process."""
+        read = {name: getattr(state, name) for name in ("tokens", "count", "done", "lengths")}
+        with using(self.layout):
+            whole = {name: constrain(x, *[None] * x.ndim) for name, x in read.items()}
+        return state.replace(**whole)
 
     def _decode(self, params, state: Generation, sampler: Sampler, stop_ids, until) -> Generation:
         """Generate until every row is done or has `until` tokens, without leaving the device."""
@@ -193,7 +206,7 @@ class Programs:
                 seen=_mark(state.seen, token),
             )
 
-        return jax.lax.while_loop(unfinished, step, state)
+        return self._readable(jax.lax.while_loop(unfinished, step, state))
 
 
 def _mark(seen: jax.Array, token: jax.Array) -> jax.Array:

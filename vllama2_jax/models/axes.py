@@ -20,9 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Names = Sequence[str | None]
+
+# Under which `jax.checkpoint` knows arrays that were gathered: kept for the backward pass, they
+# would fill every device with whole kernels.
+GATHERED = "gathered"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +178,7 @@ def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) 
     for index, name in enumerate(names):
         for mesh_axis, groups in layout.stages(name) if layout and name not in kept else ():
             x = jax.lax.all_gather(x, mesh_axis, axis_index_groups=groups, axis=index, tiled=True)
+            x = checkpoint_name(x, GATHERED)
     return x
 
 

@@ -85,11 +85,14 @@ class Linear(nn.Module):
         names = tuple(map(divisible, self.names, kernel.shape))
         taken = {axis for name in rows for axis in layout.axes(name)}
         gathered = {name for name in names if taken & {*layout.axes(name)}}
-        if not gathered:
-            return self._product(x, kernel)
         kept = tuple(None if name in gathered else name for name in names)
         inputs, outputs = kept[: self.num_inputs], kept[self.num_inputs :]
         shares = tuple(axis for name in inputs for axis in layout.axes(name))
+        used = {axis for axis, size in layout.mesh.shape.items() if size > 1}
+        # Over other axes gradients of x would be summed up here, once for each of several layers
+        # that share it; XLA adds them first.
+        if not gathered or used - taken - {*shares}:
+            return self._product(x, kernel)
 
         def local(x, kernel):
             out = self._product(x, gather(kernel, names, layout, kept))

@@ -3,8 +3,11 @@
 import flax.linen as nn
 import jax
 
+from vllama2_jax.models.axes import GATHERED, layout_in_force
+
 REMAT_POLICIES = {
-    "none": None,  # no rematerialisation
+    # No rematerialisation; what was gathered from other devices is gathered again.
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -24,5 +27,6 @@ def rematerialised(block: type[nn.Module], name: str, *, scanned: bool) -> type[
     """
     if name not in REMAT_POLICIES:
         raise ValueError(f"unknown remat policy {name!r}; known: {', '.join(REMAT_POLICIES)}")
-    policy = REMAT_POLICIES[name]
-    return block if policy is None else nn.remat(block, policy=policy, prevent_cse=not scanned)
+    if name == "none" and layout_in_force() is None:
+        return block
+    return nn.remat(block, policy=REMAT_POLICIES[name], prevent_cse=not scanned)

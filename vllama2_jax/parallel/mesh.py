@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -111,7 +112,7 @@ def read_mesh(text: str) -> dict[str, str | int]:
     said: dict[str, str | int] = {"layout": layout} if layout else {}
     for part in filter(None, sizes.split(",")):
         axis, _, size = part.partition("=")
-        if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not size.lstrip("-").isdecimal():
+        if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not re.fullmatch(r"-?\d+", size):
             raise ValueError(
                 f"mesh {text}: {part!r} is not AXIS=SIZE; axes are {', '.join(MESH_AXES)}, "
                 "dcn_data, dcn_fsdp, as in fsdp+tensor:tensor=4,fsdp=-1"

@@ -7,6 +7,7 @@ from compiled programs, docs/results/plan.md tells.
 import math
 from collections.abc import Iterable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.models.axes import Layout
@@ -16,7 +17,13 @@ from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import abstract_layout
 from vllama2_jax.parallel.roofline import roofline
 from vllama2_jax.parallel.topology import Topology
-from vllama2_jax.plan.program import Arguments, Shape, abstract_arguments, network_of
+from vllama2_jax.plan.program import (
+    Arguments,
+    Shape,
+    abstract_arguments,
+    check_slices,
+    network_of,
+)
 from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.stage import largest_batch, stage_or_none
 from vllama2_jax.plan.work import (
@@ -56,6 +63,7 @@ def estimate(config: TrainConfig, topology: Topology, *, length: int | None = No
         largest_batch(config, network, length),
         abstract_layout(config.mesh, topology.num_chips),
     )
+    check_slices(config.mesh, topology)
     check_rows(config, layout)
     arguments = abstract_arguments(config, network, shape, layout)
     flops = flops_of(config, network, shape, arguments)
@@ -120,7 +128,7 @@ class _Step:
 
     def _decoder(self) -> float:
         c = self.network.decoder
-        if "decoder" not in self.learning and not self.learning:
+        if not self.learning:
             return 0
         kept = {"full": c.width, "dots": 6 * c.width + 2 * c.mlp_dim, "none": 10 * c.width}
         kept["none"] += 4 * c.mlp_dim * max(1, c.top_k)
@@ -162,7 +170,7 @@ class _Step:
 
     def _tower(self, name: str, inputs: float) -> float:
         tower = getattr(self.network, name)
-        tokens = inputs * (tower.grid**2 if name == "vision" else tower.num_patches)
+        tokens = inputs * (tower.grid**2 if name == "vision" else self.network.num_sound_tokens)
         saved = tower.num_layers * tower.width if name in self.learning else 0
         return tokens * (saved + 6 * tower.width + 2 * tower.mlp_dim) * self.width
 
@@ -180,7 +188,7 @@ class _Step:
         kept = math.prod(
             self.layout.mesh.shape[axis] for axis in _axes_of(leaf) if axis not in taken
         )
-        whole, times = leaf.size * self.width / kept, self.config.micro_batches
+        whole, times = leaf.size * _width(leaf, self.width) / kept, self.config.micro_batches
         trains = path in self.arguments.state.trainable
         through = trains or (part == "decoder" and self.learning)
         layered = "/layers/" in path
@@ -234,6 +242,11 @@ def _layer_params(c: DecoderConfig) -> dict[str, int]:
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     mlp = c.width * c.mlp_dim * max(1, c.num_experts)
     return {"attention": c.width * heads, "gate": mlp, "up": mlp, "down": mlp}
+
+
+def _width(leaf, width: int) -> int:
+    """Bytes of a number that is sent: of products, or of a quantised kernel's codes."""
+    return width if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype.itemsize
 
 
 def _axes_of(leaf) -> Iterable[str]:

@@ -14,6 +14,7 @@ from vllama2_jax.plan.program import (
     Program,
     Shape,
     abstract_arguments,
+    check_slices,
     compile_step,
     network_of,
 )
@@ -26,8 +27,13 @@ _TOO_LARGE = "RESOURCE_EXHAUSTED: "
 
 
 def can_compile(topology: Topology) -> bool:
-    """Whether a program can be compiled for it here: for any TPU, for GPUs that are here."""
+    """Whether a program can be compiled for it here: for any TPU, for GPUs that are here.
+
+    Raises:
+      ValueError: where the compiler for TPUs is missing, or knows no such slice.
+    """
     if topology.platform != "gpu":
+        devices(topology)
         return True
     try:
         devices(topology)
@@ -57,6 +63,7 @@ def plan(
     Raises:
       ValueError: if the run does not fit the topology's mesh, or nothing can compile for it.
     """
+    check_slices(config.mesh, topology)
     network = network_of(config.start)
     shape, there = largest_batch(config, network, length), devices(topology)
     try:

@@ -13,8 +13,9 @@ from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import Batch, abstract_params
 from vllama2_jax.models.zoo import model_config
-from vllama2_jax.parallel.mesh import make_layout
+from vllama2_jax.parallel.mesh import MeshConfig, make_layout
 from vllama2_jax.parallel.sharding import batch_shardings, param_axes, shardings
+from vllama2_jax.parallel.topology import Topology
 from vllama2_jax.train.config import StartConfig, TrainConfig
 from vllama2_jax.train.lora import adapt
 from vllama2_jax.train.optimizer import make_optimizer
@@ -156,6 +157,20 @@ def abstract_batch(network: VLlama2Config, shape: Shape) -> Batch:
         **{name: array(jnp.int32, *slots) for name in whole_numbers},
         **media,
     )
+
+
+def check_slices(mesh: MeshConfig, topology: Topology) -> None:
+    """Refuse a mesh that says nothing of a topology's slices, or of others.
+
+    Raises:
+      ValueError: saying what would do.
+    """
+    across = mesh.dcn_data * mesh.dcn_fsdp
+    if topology.platform == "tpu" and across != topology.num_slices:
+        raise ValueError(
+            f"{topology.name} has {topology.num_slices} slices and the mesh {across}; say what "
+            f"lies across them, as in --mesh dcn_data={topology.num_slices}"
+        )
 
 
 def compile_step(

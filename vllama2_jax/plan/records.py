@@ -14,22 +14,31 @@ from vllama2_jax.train.run import trained_card
 from vllama2_jax.train.start import describe_start
 
 
-class Looked(NamedTuple):
+class Records(NamedTuple):
     """What was counted in a run's first steps.
 
     Attributes:
       samples: records of the whole run.
-      steps: of the whole run.
       useful_fraction: of the slots of its rows, if every row had the length that its bucket has,
         those that hold a token or media.
+      rows_per_sample: that a record takes; less than 1 where several share a row.
     """
 
     samples: int
-    steps: int
     useful_fraction: float
+    rows_per_sample: float
+
+    def told_to(self, plan: Plan) -> Plan:
+        """A plan that knows its run's own records."""
+        steps = -(-round(self.samples * self.rows_per_sample) // plan.shape.rows)
+        return dataclasses.replace(
+            plan,
+            stage=Stage(self.samples, max(1, steps)),
+            useful_fraction=self.useful_fraction,
+        )
 
 
-def look_at_records(config: TrainConfig) -> Looked:
+def records_of(config: TrainConfig) -> Records:
     """Index a run's records, as the run would, and plan its steps.
 
     Raises:
@@ -53,22 +62,8 @@ def look_at_records(config: TrainConfig) -> Looked:
     looked = sum(bucket.steps for bucket in buckets)
     slots = config.rows * sum(bucket.steps * bucket.length for bucket in buckets)
     records = sum(bucket.records for bucket in buckets)
-    return Looked(
+    return Records(
         samples=round(records / looked * steps),
-        steps=steps,
         useful_fraction=sum(bucket.tokens for bucket in buckets) / slots,
-    )
-
-
-def with_records(plan: Plan) -> Plan:
-    """A plan that knows its run's own records.
-
-    Raises:
-      ValueError: as `look_at_records` does.
-    """
-    looked = look_at_records(plan.config)
-    return dataclasses.replace(
-        plan,
-        stage=Stage(looked.samples, looked.steps),
-        useful_fraction=looked.useful_fraction,
+        rows_per_sample=config.rows * looked / records,
     )

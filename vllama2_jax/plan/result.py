@@ -118,6 +118,7 @@ class Plan:
             "mesh": self.mesh,
             "layout": self.config.mesh.layout,
             "batch": dataclasses.asdict(self.shape),
+            "micro_batches": self.config.micro_batches,
             "compile_seconds": self.compile_seconds,
             "hbm_bytes_per_chip": self.memory.to_json(),
             "model_flops_per_step": self.flops.model,

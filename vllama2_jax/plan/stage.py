@@ -40,7 +40,7 @@ def largest_batch(config: TrainConfig, network: VLlama2Config, length: int | Non
     sounds = config.data.max_clips * bool(network.audio and modalities & {AUDIO, AUDIO_VIDEO})
     return Shape(
         rows=config.rows,
-        length=length or longest_row(config.data, network),
+        length=longest_row(config.data, network) if length is None else length,
         frames=clips * network.num_frames,
         clips=clips,
         sounds=sounds,

@@ -96,10 +96,12 @@ def _summary(plan: Plan) -> Table:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     shape = plan.shape
     media = f"{shape.clips} clips and {shape.sounds} sounds"
+    parts = plan.config.micro_batches
+    batches = f"; in {parts} micro-batches" if parts > 1 else ""
     table = Table(show_header=False, title=f"{plan.network.name}, {plan.config.name}")
     rows = [
         ("on", f"{plan.topology.name}, {plan.topology.num_chips} chips; {mesh or 'one device'}"),
-        ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each"),
+        ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each{batches}"),
         ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
         ("arguments", f"{size(memory.arguments)} a chip: parameters, moments, the batch"),
         ("temporaries", size(memory.temporaries)),
