@@ -145,7 +145,10 @@ class _Step:
         whole = c.width * c.vocab_size / self.layout.size("vocab")
         chunk = min(self.config.loss.chunk or self.shape.length, self.shape.length)
         logits = self.slots / self.shape.length * chunk * c.vocab_size / self.layout.size("vocab")
-        return whole * (4 + self.width) + logits * (4 + self.width)
+        gradient = (
+            4 if "decoder" in self.learning else 0
+        )  # which adds up in float32, chunk by chunk
+        return whole * (4 + gradient + self.width) + logits * (4 + self.width)
 
     def _towers(self) -> float:
         """Of the tower with the most; they run one after the other."""
@@ -155,18 +158,19 @@ class _Step:
         if frames:
             most.append(self._tower("vision", frames / self.layout.size("images")))
             tokens = self.network.num_frames * self.network.vision.grid**2
-            deep = 8 if "connector" in self.learning else 3
-            most[-1] += (
-                clips
-                / self.layout.size("clips")
-                * tokens
-                * self.network.decoder.width
-                * (deep * self.width)
-            )
+            learns = "connector" in self.learning
+            here = clips / self.layout.size("clips") * tokens * self.network.decoder.width
+            most[-1] += here * self.width * (8 if learns else 3)
+            # Its kernels are gathered once for both passes.
+            most[-1] += self._params("connector") * self.width * learns
         if self.shape.sounds:
             sounds = self.shape.rows * self.shape.sounds / self.config.micro_batches
             most.append(self._tower("audio", sounds / self.layout.size("images")))
         return max(most)
+
+    def _params(self, part: str) -> int:
+        leaves = {**self.arguments.frozen, **self.arguments.state.trainable}
+        return sum(leaf.size for path, leaf in leaves.items() if path.split("/", 1)[0] == part)
 
     def _tower(self, name: str, inputs: float) -> float:
         tower = getattr(self.network, name)

@@ -13,8 +13,8 @@ from vllama2_jax.plan.result import Plan
 from vllama2_jax.train.config import TrainConfig
 
 _PARTS = (2, 4, 8)
-# What an estimate may exceed the limit by and still be compiled: where they are off, they are too
-# high, by a third (docs/results/plan.md).
+# What an estimate may exceed the limit by and still be compiled: some are too high by a third
+# (docs/results/plan.md).
 _SLACK = 1.4
 
 
