@@ -25,7 +25,7 @@ from vllama2_jax.configs.parse import build
 from vllama2_jax.configs.shortcuts import Shortcuts, resolve
 from vllama2_jax.parallel.topology import topology
 from vllama2_jax.plan.planning import plan
-from vllama2_jax.plan.search import in_words, search
+from vllama2_jax.plan.search import mesh_and_batch, search
 
 SLICES = ("v5p-128", "v4-128", "v5e-256")
 MODELS = ("2-8x7B", "2-7B", "2.1-7B-AV", "2-72B", "2-7B-16F")
@@ -82,7 +82,7 @@ def planned(cell: Cell, console: Console) -> dict:
     else:
         tell = lambda text: console.print(f"  {text}", highlight=False)  # noqa: E731
         found = search(config, where, most=1, told=tell)[0]
-    return {**found.to_json(), "in_words": in_words(found)}
+    return {**found.to_json(), "in_words": mesh_and_batch(found)}
 
 
 def gigabytes(count) -> str:

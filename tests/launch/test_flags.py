@@ -74,7 +74,8 @@ def test_libtpu_compiles_under_the_flags_of_tpus(name):
 @needs_libtpu
 def test_libtpu_would_refuse_a_flag_that_it_does_not_know():
     flags = {"LIBTPU_INIT_ARGS": "--xla_tpu_no_such_flag=true"}
-    under("tpu", *python(_COMPILE.format(name="v5p:2x2x1")), code=1, **flags)
+    done = under("tpu", *python(_COMPILE.format(name="v5p:2x2x1")), code=1, **flags)
+    assert "xla_tpu_no_such_flag" in done.stderr
 
 
 def test_options_that_the_step_is_compiled_with_are_not_said_a_second_time():

@@ -11,7 +11,7 @@ from vllama2_jax.parallel.topology import topology
 from vllama2_jax.plan import search as searching
 from vllama2_jax.plan.estimate import estimate
 from vllama2_jax.plan.result import Memory
-from vllama2_jax.plan.search import candidates, in_words, search
+from vllama2_jax.plan.search import candidates, mesh_and_batch, search
 from vllama2_jax.plan.stage import stage_of
 
 # Mistral 7B and the connector, in numbers of their configurations; the tower is CLIP ViT-L/14-336,
@@ -86,7 +86,7 @@ def test_the_fastest_that_fit_are_compiled_one_of_a_mesh_and_ranked_by_what_was_
     speeds = [plan.samples_per_second for plan in fitting]
     assert speeds == sorted(speeds, reverse=True)
     assert asked[0].micro_batches == 1 and asked[1].mesh == MeshConfig()
-    assert in_words(found[0]).startswith("fsdp 16; 128 rows in 2 micro-batches")
+    assert mesh_and_batch(found[0]).startswith("fsdp 16; 128 rows in 2 micro-batches")
 
 
 def test_where_no_mesh_fits_one_line_says_why():

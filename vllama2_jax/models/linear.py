@@ -48,8 +48,6 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform `x` [..., *in] to [..., *features] in `dtype`."""
-
-        product = self._product
         x = x.astype(self.dtype)
         shape = (*x.shape[-self.num_inputs :], *self.features)
         parts = quantized_parts(self, "kernel")
@@ -57,11 +55,11 @@ class Linear(nn.Module):
             init = nn.initializers.normal(0.02)
             out = self._gathered_product(x, self._param("kernel", init, self.names, shape))
         else:
-            out = multiply_quantized(product, x, parts, shape, self.dtype)
+            out = multiply_quantized(self._product, x, parts, shape, self.dtype)
         adapter = low_rank(self, "kernel", self.dtype)
         if adapter is not None:
             a, b = adapter
-            out += product(product(x, a), b, 1)
+            out += self._product(self._product(x, a), b, num_inputs=1)
         if self.use_bias:
             names = self.names[self.num_inputs :]
             out += self._param("bias", nn.initializers.zeros, names, self.features)

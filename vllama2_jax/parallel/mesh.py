@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -128,6 +128,12 @@ def parse_mesh(text: str) -> MeshConfig:
       ValueError: as `read_mesh` and `MeshConfig` do.
     """
     return MeshConfig(**read_mesh(text))
+
+
+def axes_in_words(sizes: Mapping[str, int]) -> str:
+    """The axes of a mesh that split anything: "fsdp 32, tensor 2"; "one device" where none does."""
+    split = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+    return ", ".join(split) or "one device"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:

@@ -15,7 +15,6 @@ from vllama2_jax.models.config import DecoderConfig, VLlama2Config
 from vllama2_jax.parallel.collectives import Collective, Communication
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import abstract_layout
-from vllama2_jax.parallel.roofline import roofline
 from vllama2_jax.parallel.topology import Topology
 from vllama2_jax.plan.program import (
     Arguments,
@@ -30,7 +29,7 @@ from vllama2_jax.plan.work import (
     bytes_here,
     flops_of,
     learning_parts,
-    moved,
+    roofline_of,
     runs,
     slots_of,
     width_of,
@@ -59,26 +58,14 @@ def estimate(config: TrainConfig, topology: Topology, *, length: int | None = No
       ValueError: if the run does not fit the topology's mesh.
     """
     network = network_of(config.start)
-    shape, layout = (
-        largest_batch(config, network, length),
-        abstract_layout(config.mesh, topology.num_chips),
-    )
+    shape = largest_batch(config, network, length)
+    layout = abstract_layout(config.mesh, topology.num_chips)
     check_slices(config.mesh, topology)
     check_rows(config, layout)
     arguments = abstract_arguments(config, network, shape, layout)
-    flops = flops_of(config, network, shape, arguments)
-    step = _Step(config, network, shape, arguments, layout)
+    of_step = (config, network, shape, arguments, layout)
+    step = _Step(*of_step)
     sent = tuple(step.collectives())
-    found = None
-    if topology.chip.peak_flops:
-        gathered = sum(one.bytes * one.count for one in sent if one.kind == "all-gather")
-        found = roofline(
-            Placement.in_order(topology),
-            model_flops=flops.model,
-            hardware_flops=flops.hardware,
-            hbm_bytes=moved(config, network, shape, arguments, layout, gathered),
-            collectives=sent,
-        )
     return Plan(
         config=config,
         network=network,
@@ -88,10 +75,10 @@ def estimate(config: TrainConfig, topology: Topology, *, length: int | None = No
         memory=Memory(
             bytes_here(arguments[:3]), round(sum(step.temporaries())), topology.chip.hbm_bytes
         ),
-        flops=flops,
+        flops=flops_of(config, network, shape, arguments),
         stage=stage_or_none(config),
         sent=Communication(sent, {}, ()),
-        roofline=found,
+        roofline=roofline_of(*of_step, Placement.in_order(topology), sent),
         estimated=True,
     )
 

@@ -8,7 +8,6 @@ from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.parallel.collectives import communication
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import make_layout
-from vllama2_jax.parallel.roofline import roofline
 from vllama2_jax.parallel.topology import Topology, devices
 from vllama2_jax.plan.program import (
     Program,
@@ -20,7 +19,7 @@ from vllama2_jax.plan.program import (
 )
 from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.stage import largest_batch, stage_or_none
-from vllama2_jax.plan.work import bytes_here, flops_of, moved
+from vllama2_jax.plan.work import bytes_here, flops_of, roofline_of
 from vllama2_jax.train.config import TrainConfig
 
 _TOO_LARGE = "RESOURCE_EXHAUSTED: "
@@ -82,17 +81,11 @@ def _read_off(config, network, shape, topology, program: Program, text, hlo) -> 
     mesh = dict(program.layout.mesh.shape)
     across = {"data": config.mesh.dcn_data, "fsdp": config.mesh.dcn_fsdp}
     sent = communication(text, mesh, across)
-    flops = flops_of(config, network, shape, program.arguments)
+    of_step = (config, network, shape, program.arguments, program.layout)
     found = None
-    if topology.platform == "tpu":
-        gathered = sum(c.bytes * c.count for c in sent.collectives if c.kind == "all-gather")
-        found = roofline(
-            Placement.of_devices(topology, program.layout.mesh.devices),
-            model_flops=flops.model,
-            hardware_flops=flops.hardware,
-            hbm_bytes=moved(config, network, shape, program.arguments, program.layout, gathered),
-            collectives=sent.collectives,
-        )
+    if topology.platform == "tpu":  # of other devices nothing says where they lie
+        placement = Placement.of_devices(topology, program.layout.mesh.devices)
+        found = roofline_of(*of_step, placement, sent.collectives)
     return Plan(
         config=config,
         network=network,
@@ -100,7 +93,7 @@ def _read_off(config, network, shape, topology, program: Program, text, hlo) -> 
         topology=topology,
         mesh=mesh,
         memory=memory_of(program.compiled, topology),
-        flops=flops,
+        flops=flops_of(config, network, shape, program.arguments),
         stage=stage_or_none(config),
         compile_seconds=program.seconds,
         sent=sent,

@@ -9,7 +9,7 @@ from vllama2_jax.plan.stage import Stage
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.dry_run import look_at
-from vllama2_jax.train.feeding import make_feeding
+from vllama2_jax.train.feeding import feeding_of
 from vllama2_jax.train.run import trained_card
 from vllama2_jax.train.start import describe_start
 
@@ -47,17 +47,8 @@ def records_of(config: TrainConfig) -> Records:
     card, folder = describe_start(config.start)
     tokenizer = load_tokenizer(folder)
     with tempfile.TemporaryDirectory() as index:
-        feeding = make_feeding(
-            config.data,
-            trained_card(card, config, tokenizer),
-            tokenizer,
-            rows=config.rows,
-            seed=config.seed,
-            index_folder=index,
-            epochs=config.epochs,
-            steps=config.steps,
-            layer_drop=config.layer_drop,
-        )
+        card = trained_card(card, config, tokenizer)
+        feeding = feeding_of(config, card, tokenizer, index)
         buckets, steps = look_at(feeding), len(feeding.schedule)
     looked = sum(bucket.steps for bucket in buckets)
     slots = config.rows * sum(bucket.steps * bucket.length for bucket in buckets)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.mesh import MeshConfig, axes_in_words
 from vllama2_jax.parallel.topology import Topology
 from vllama2_jax.plan.estimate import estimate
 from vllama2_jax.plan.planning import plan
@@ -66,7 +66,7 @@ def search(
             break
         if mesh in fitting or guess.memory.peak > _SLACK * topology.chip.hbm_bytes:
             continue
-        told(f"compiling {in_words(guess)}")
+        told(f"compiling {mesh_and_batch(guess)}")
         try:
             compiled.append(plan(guess.config, topology, length=length))
         except ValueError as error:  # what a kernel cannot be split into shows when it is traced
@@ -122,12 +122,11 @@ def _meshes(
         yield MeshConfig(sequence=parts, **across)
 
 
-def in_words(plan: Plan) -> str:
-    """The mesh and the batch of a plan: "fsdp 32, tensor 2; 128 rows in 2 micro-batches"."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+def mesh_and_batch(plan: Plan) -> str:
+    """Of a plan, in words: "fsdp 32, tensor 2; 128 rows in 2 micro-batches"."""
     parts = plan.config.micro_batches
     batches = f" in {parts} micro-batches" if parts > 1 else ""
-    return f"{mesh or 'one device'}; {plan.shape.rows} rows{batches}"
+    return f"{axes_in_words(plan.mesh)}; {plan.shape.rows} rows{batches}"
 
 
 def _rank(plan: Plan) -> tuple[bool, float]:

@@ -4,11 +4,12 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from vllama2_jax.parallel.collectives import totals
+from vllama2_jax.parallel.mesh import axes_in_words
 from vllama2_jax.parallel.published import ASSUMED, published_rows
 from vllama2_jax.parallel.roofline import assumptions
 from vllama2_jax.plan.estimate import ASSUMED as OF_ESTIMATES
 from vllama2_jax.plan.result import Plan
-from vllama2_jax.plan.search import in_words
+from vllama2_jax.plan.search import mesh_and_batch
 
 _CONVENTION = (
     "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
@@ -47,7 +48,7 @@ def show_ranked(plans: list[Plan], console: Console) -> None:
     for plan in plans[:_RANKED]:
         roof = plan.roofline
         table.add_row(
-            in_words(plan),
+            mesh_and_batch(plan),
             "yes" if plan.fits else "NO",
             size(plan.memory.peak),
             duration(roof.step_seconds) if roof else "-",
@@ -93,14 +94,16 @@ def duration(seconds: float) -> str:
 
 def _summary(plan: Plan) -> Table:
     memory, roof, stage = plan.memory, plan.roofline, plan.stage
-    mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
     shape = plan.shape
     media = f"{shape.clips} clips and {shape.sounds} sounds"
     parts = plan.config.micro_batches
     batches = f"; in {parts} micro-batches" if parts > 1 else ""
     table = Table(show_header=False, title=f"{plan.network.name}, {plan.config.name}")
     rows = [
-        ("on", f"{plan.topology.name}, {plan.topology.num_chips} chips; {mesh or 'one device'}"),
+        (
+            "on",
+            f"{plan.topology.name}, {plan.topology.num_chips} chips; {axes_in_words(plan.mesh)}",
+        ),
         ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each{batches}"),
         ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
         ("arguments", f"{size(memory.arguments)} a chip: parameters, moments, the batch"),

@@ -1,12 +1,15 @@
 """How much work a step is, and what it moves between a chip and its memory."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.parallel.roofline import moved_bytes
+from vllama2_jax.parallel.collectives import Collective
+from vllama2_jax.parallel.links import Placement
+from vllama2_jax.parallel.roofline import Roofline, moved_bytes, roofline
 from vllama2_jax.plan.program import Arguments, Shape
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.flops import StepFlops, step_flops
@@ -66,6 +69,35 @@ def moved(
         gradients=gradients,
         state=bytes_here(arguments.state),
         saved=saved,
+    )
+
+
+def roofline_of(
+    config: TrainConfig,
+    network: VLlama2Config,
+    shape: Shape,
+    arguments: Arguments,
+    layout: Layout,
+    placement: Placement,
+    collectives: Sequence[Collective],
+) -> Roofline | None:
+    """How long a step takes; None on chips without a stated peak.
+
+    Args:
+      config, network, shape, arguments, layout: of the step.
+      placement: of its mesh on the topology.
+      collectives: that it sends.
+    """
+    if placement.topology.chip.peak_flops is None:
+        return None
+    flops = flops_of(config, network, shape, arguments)
+    gathered = sum(one.bytes * one.count for one in collectives if one.kind == "all-gather")
+    return roofline(
+        placement,
+        model_flops=flops.model,
+        hardware_flops=flops.hardware,
+        hbm_bytes=moved(config, network, shape, arguments, layout, gathered),
+        collectives=collectives,
     )
 
 

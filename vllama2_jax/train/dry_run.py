@@ -13,7 +13,7 @@ from rich.table import Table
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.config import TrainConfig, to_json
-from vllama2_jax.train.feeding import Feeding, make_feeding
+from vllama2_jax.train.feeding import Feeding, feeding_of
 from vllama2_jax.train.lora import adapt
 from vllama2_jax.train.report import StepReport
 from vllama2_jax.train.run import trained_card
@@ -59,17 +59,7 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     console.print(parameter_table(params, assigned))
     trainable, _ = partition(params, assigned)
     with tempfile.TemporaryDirectory() as index:
-        feeding = make_feeding(
-            config.data,
-            card,
-            tokenizer,
-            rows=config.rows,
-            seed=config.seed,
-            index_folder=index,
-            epochs=config.epochs,
-            steps=config.steps,
-            layer_drop=config.layer_drop,
-        )
+        feeding = feeding_of(config, card, tokenizer, index)
     report = StepReport(config, card.config, feeding, assigned, trainable)
     buckets, steps = look_at(feeding), len(feeding.schedule)
     console.print(_shapes(config, card, feeding, buckets, report))

@@ -27,7 +27,13 @@ from vllama2_jax.models.vllama2 import Batch
 from vllama2_jax.parallel.placing import place_batch, row_share
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, choose_template
-from vllama2_jax.train.config import DataConfig, SourceConfig, ToyboxConfig, ValidationConfig
+from vllama2_jax.train.config import (
+    DataConfig,
+    SourceConfig,
+    ToyboxConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 
 _WINDOW = 1 << 14
 _LANES = 128  # attention kernels take lengths that are multiples of it
@@ -201,6 +207,28 @@ def _window(epoch: int, rows: int) -> int:
     steps. But some steps' worth, since records of like length share a step.
     """
     return min(epoch * -(-8 * rows // epoch), _WINDOW) if epoch < _WINDOW else _WINDOW
+
+
+def feeding_of(
+    config: TrainConfig,
+    card: ModelCard,
+    tokenizer: Tokenizer,
+    index_folder: str | os.PathLike,
+    layout: Layout | None = None,
+) -> Feeding:
+    """What a run with this configuration reads; the arguments are those of `make_feeding`."""
+    return make_feeding(
+        config.data,
+        card,
+        tokenizer,
+        rows=config.rows,
+        seed=config.seed,
+        index_folder=index_folder,
+        epochs=config.epochs,
+        steps=config.steps,
+        layer_drop=config.layer_drop,
+        layout=layout,
+    )
 
 
 def longest_row(data: DataConfig, network: VLlama2Config) -> int:

@@ -25,13 +25,13 @@ from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.parallel import hosts
 from vllama2_jax.parallel.backends import attention_backend, moe_backend
-from vllama2_jax.parallel.mesh import make_layout
+from vllama2_jax.parallel.mesh import axes_in_words, make_layout
 from vllama2_jax.parallel.sharding import param_axes
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
 from vllama2_jax.train.config import TrainConfig, to_json
 from vllama2_jax.train.curves import draw_curves
-from vllama2_jax.train.feeding import Feeding, make_feeding
+from vllama2_jax.train.feeding import Feeding, feeding_of
 from vllama2_jax.train.journal import Journal
 from vllama2_jax.train.loop import StopSignals, run_steps
 from vllama2_jax.train.loss import batch_loss
@@ -98,18 +98,7 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
         card = trained_card(card, config, tokenizer)
         if not hosts.is_first():
             hosts.barrier("indexed", _DAY)  # one counts the records' lengths, the others read them
-        feeding = make_feeding(
-            config.data,
-            card,
-            tokenizer,
-            rows=config.rows,
-            seed=config.seed,
-            index_folder=out / INDEX,
-            epochs=config.epochs,
-            steps=config.steps,
-            layer_drop=config.layer_drop,
-            layout=layout,
-        )
+        feeding = feeding_of(config, card, tokenizer, out / INDEX, layout)
         if hosts.is_first():
             hosts.barrier("indexed", _DAY)
         hosts.agree("run", _identity(config, feeding))
@@ -204,8 +193,7 @@ def check_rows(config: TrainConfig, layout: Layout) -> None:
 
 def in_words_of(layout: Layout) -> str:
     """The axes of a mesh that split anything."""
-    split = [f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1]
-    return f"{', '.join(split)} over {layout.mesh.size} devices"
+    return f"{axes_in_words(layout.mesh.shape)} over {layout.mesh.size} devices"
 
 
 def _identity(config: TrainConfig, feeding: Feeding) -> dict:
