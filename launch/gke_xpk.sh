@@ -37,27 +37,17 @@ TEXT
 }
 
 parse() {
-  local name value
   while (($#)); do
     case $1 in
       --) shift && COMMAND=("$@") && return ;;
       -h | --help) usage && exit ;;
       --print) PRINT=1 ;;
       --spot) OPT[spot]=1 ;;
-      --project | --zone | --cluster | --name | --topology | --image | --extras | --reservation | \
-        --restarts | --project=* | --zone=* | --cluster=* | --name=* | --topology=* | --image=* | \
-        --extras=* | --reservation=* | --restarts=*)
-        name=${1%%=*} && name=${name#--}
-        if [[ $1 == *=* ]]; then
-          value=${1#*=}
-        else
-          (($# > 1)) || misused "$1 has no value"
-          value=$2 && shift
-        fi
-        [[ -n $value ]] || misused "--$name has no value"
-        OPT[$name]=$value
+      *)
+        read_option "project zone cluster name topology image extras reservation restarts" "$@"
+        shift $((TAKES - 1))
+        OPT[$NAME]=$VALUE
         ;;
-      *) misused "unknown option '$1' (the command to run stands behind --)" ;;
     esac
     shift
   done

@@ -1,10 +1,12 @@
-# shellcheck shell=bash disable=SC2034 # ANSWER is read elsewhere
+# shellcheck shell=bash disable=SC2034 # what is set here is read elsewhere
 # What the launch scripts share: words for people, and commands that are shown or run.
 
 # 1: show commands and run none.
 PRINT=0
 # What `ask` heard.
 ANSWER=
+# What `read_option` read.
+NAME='' VALUE='' TAKES=1
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "${0##*/}: bash 4.4 or newer is needed, this is $BASH_VERSION; on macOS: brew install bash" >&2
@@ -74,6 +76,24 @@ ask() {
     fail "this failed with exit code $code: $(quoted "$@")"
   fi
   rm -f "$errors"
+}
+
+# read_option "NAME NAME ..." WORDS...: the option in front of the words, which must be one of these
+# and have a value, behind "=" or in the next word. Sets NAME, VALUE, and TAKES, how many words it is.
+read_option() {
+  local known=$1
+  shift
+  NAME=${1%%=*} TAKES=1
+  NAME=${NAME#--}
+  [[ $1 == --* && " $known " == *" $NAME "* ]] ||
+    misused "unknown option '$1' (the command to run stands behind --)"
+  if [[ $1 == *=* ]]; then
+    VALUE=${1#*=}
+  else
+    (($# > 1)) || misused "$1 has no value"
+    VALUE=$2 TAKES=2
+  fi
+  [[ -n $VALUE ]] || misused "--$NAME has no value"
 }
 
 # needs PROGRAM REMEDY

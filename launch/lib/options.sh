@@ -1,38 +1,30 @@
-# shellcheck shell=bash disable=SC2034 # what is set here is read elsewhere
+# shellcheck shell=bash disable=SC2034,SC2153 # set here and read elsewhere, and the other way about
 # What tpu.sh is told, now and, for a slice that it made, when it was made.
 
 declare -A OPT=()
 CREATE_WITH=() SSH_WITH=() COMMAND=()
 REMEMBERED=${VLLAMA2_LAUNCH_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/vllama2/launch}
 
+# Options that have a value.
+VALUED="name project zone topology runtime valid-for repo commit extras worker slice every restarts"
+VALUED+=" create-with ssh-with"
+
 # parse WORDS...: fills OPT, CREATE_WITH, SSH_WITH, and COMMAND with what stands behind `--`.
 parse() {
-  local name value
   while (($#)); do
     case $1 in
       --) shift && COMMAND=("$@") && return ;;
       --print) PRINT=1 ;;
-      --spot | --reserved | --direct | --delete-when-done) name=${1#--} && OPT[$name]=1 ;;
-      --name | --project | --zone | --topology | --runtime | --valid-for | --repo | --commit | \
-        --extras | --worker | --slice | --every | --restarts | --create-with | --ssh-with | \
-        --name=* | --project=* | --zone=* | --topology=* | --runtime=* | --valid-for=* | \
-        --repo=* | --commit=* | --extras=* | --worker=* | --slice=* | --every=* | \
-        --restarts=* | --create-with=* | --ssh-with=*)
-        name=${1%%=*} && name=${name#--}
-        if [[ $1 == *=* ]]; then
-          value=${1#*=}
-        else
-          (($# > 1)) || misused "$1 has no value"
-          value=$2 && shift
-        fi
-        [[ -n $value ]] || misused "--$name has no value"
-        case $name in
-          create-with) CREATE_WITH+=("$value") ;;
-          ssh-with) SSH_WITH+=("$value") ;;
-          *) OPT[$name]=$value ;;
+      --spot | --reserved | --direct | --delete-when-done) OPT[${1#--}]=1 ;;
+      *)
+        read_option "$VALUED" "$@"
+        shift $((TAKES - 1))
+        case $NAME in
+          create-with) CREATE_WITH+=("$VALUE") ;;
+          ssh-with) SSH_WITH+=("$VALUE") ;;
+          *) OPT[$NAME]=$VALUE ;;
         esac
         ;;
-      *) misused "unknown option '$1' (the command to run stands behind --)" ;;
     esac
     shift
   done
