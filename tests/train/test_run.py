@@ -15,7 +15,7 @@ from vllama2_jax.checkpoints.store import flatten
 from vllama2_jax.data.pipeline import TooManyFaults
 from vllama2_jax.train import run as run_module
 from vllama2_jax.train.config import SaveConfig, SourceConfig, ValidationConfig
-from vllama2_jax.train.feeding import make_feeding
+from vllama2_jax.train.feeding import feeding_of
 from vllama2_jax.train.lora import merge
 from vllama2_jax.train.metrics import read_metrics
 from vllama2_jax.train.run import Outcome, make_run_step, run
@@ -54,7 +54,7 @@ def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch):
     made = {}
 
     def feed(*args, **kwargs):
-        feeding = make_feeding(*args, **kwargs)
+        feeding = feeding_of(*args, **kwargs)
         made["lengths"] = {step.length for step in feeding.schedule}
         return feeding
 
@@ -62,7 +62,7 @@ def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch):
         made["step"] = make_run_step(*args)
         return made["step"]
 
-    monkeypatch.setattr(run_module, "make_feeding", feed)
+    monkeypatch.setattr(run_module, "feeding_of", feed)
     monkeypatch.setattr(run_module, "make_run_step", make)
     run(small_run, tmp_path / "run")
     assert made["step"]._cache_size() == len(made["lengths"])
