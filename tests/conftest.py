@@ -1,5 +1,6 @@
 """What the tests share: where the oracles and the optional real clips lie."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -46,3 +47,10 @@ def real_media() -> Path:
     if not folder.is_dir():
         pytest.skip("no real clips beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def libtpu():
+    """Skips where programs cannot be compiled for TPUs."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")

@@ -64,7 +64,14 @@ def test_a_torus_of_three_dimensions_is_gathered_along_one_and_then_two():
     assert [len(stage[0]) for stage in _stages(torus(2, 4, 4, 8))] == [8, 16, 2]
 
 
+def test_planes_are_squares_where_the_torus_has_some():
+    plane, line = _stages(torus(1, 4, 8, 8))
+    assert plane[1] == list(range(64, 128)) and line[1] == [1, 65, 129, 193]
+    assert [len(stage[0]) for stage in _stages(torus(1, 4, 8, 12))] == [12, 8, 4]
+
+
 def test_two_dimensions_or_no_torus_at_all_take_one_step():
+    assert _stages(torus(1, 1, 4, 8)) == [None]
     assert _stages(torus(1, 1, 16, 16)) == _stages(torus(2, 1, 1, 1)) == _stages(None) == [None]
     unordered = torus(1, 2, 2, 2)[:, [0, 7]]
     assert _stages(unordered) == [None]

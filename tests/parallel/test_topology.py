@@ -116,3 +116,10 @@ def test_more_simulated_devices_than_there_are_name_the_flag():
 def test_gpus_that_are_not_here_cannot_be_compiled_for():
     with pytest.raises(ValueError, match="h100:8: JAX sees 0 such devices here; estimate"):
         devices(topology("h100:8"))
+
+
+@needs_libtpu
+def test_a_flag_that_libtpu_does_not_know_is_named(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_no_such_flag=true")
+    with pytest.raises(ValueError, match=r"Unknown .* flag 'xla_tpu_no_such_flag'.*unset"):
+        devices(topology("v5e:2x2"))

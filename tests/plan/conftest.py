@@ -1,10 +1,7 @@
 """Plans of the tests, and a reading of compiled programs that shares nothing with the package's."""
 
-import importlib.util
 import math
 import re
-
-import pytest
 
 from vllama2_jax.configs.parse import build
 from vllama2_jax.configs.shortcuts import Shortcuts, resolve
@@ -29,10 +26,3 @@ def gathered_weights(text: str, vocab: int) -> list[int]:
         if not any(vocab in sizes for _, sizes in shapes):
             found.append(sum(_BYTES.get(kind, 4) * math.prod(sizes) for kind, sizes in shapes))
     return found
-
-
-@pytest.fixture(scope="session")
-def libtpu():
-    """Skips where programs cannot be compiled for TPUs."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")

@@ -71,7 +71,7 @@ def test_candidates_split_what_can_be_split():
 def test_the_fastest_that_fit_are_compiled_one_of_a_mesh_and_ranked_by_what_was_found(monkeypatch):
     asked = []
 
-    def compiled(config, topology, length):
+    def compiled(config, topology, length, records):
         asked.append(config)
         guess = estimate(config, topology, length=length)
         crowded = config.mesh == MeshConfig() and config.micro_batches == 1

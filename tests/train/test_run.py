@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -18,7 +19,7 @@ from vllama2_jax.train.config import SaveConfig, SourceConfig, ValidationConfig
 from vllama2_jax.train.feeding import feeding_of
 from vllama2_jax.train.lora import merge
 from vllama2_jax.train.metrics import read_metrics
-from vllama2_jax.train.run import Outcome, make_run_step, run
+from vllama2_jax.train.run import Outcome, run
 from vllama2_jax.train.start import begin
 from vllama2_jax.train.trainable import Rule
 from vllama2_jax.weights import read
@@ -50,22 +51,18 @@ def test_the_loss_falls_and_every_step_is_told(done):
     assert rates[0] == 0 and max(rates) == pytest.approx(1e-2)
 
 
-def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch):
-    made = {}
+def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch, capsys):
+    lengths = set()
 
     def feed(*args, **kwargs):
         feeding = feeding_of(*args, **kwargs)
-        made["lengths"] = {step.length for step in feeding.schedule}
+        lengths.update(step.length for step in feeding.schedule)
         return feeding
 
-    def make(*args):
-        made["step"] = make_run_step(*args)
-        return made["step"]
-
     monkeypatch.setattr(run_module, "feeding_of", feed)
-    monkeypatch.setattr(run_module, "make_run_step", make)
     run(small_run, tmp_path / "run")
-    assert made["step"]._cache_size() == len(made["lengths"])
+    told = re.findall(r"compiling the step for rows of ([\d,]+) slots", capsys.readouterr().err)
+    assert sorted(int(said.replace(",", "")) for said in told) == sorted(lengths)
 
 
 def test_losses_per_dataset_make_up_the_loss(done):

@@ -35,6 +35,12 @@ def add_train(command) -> None:
         metavar="SIZES",
         help="layout and parts over devices, as in fsdp+tensor:tensor=4,fsdp=-1 (fsdp over all)",
     )
+    train.add_argument(
+        "--programs",
+        metavar="DIR",
+        help="take compiled programs from here and keep them here, as `plan --save-programs` does; "
+        "all processes must see it",
+    )
     train.add_argument("--seed", type=int, help="of new parameters and of every order")
     train.add_argument(
         "--config",
@@ -71,7 +77,7 @@ def _train(options) -> int:
     from vllama2_jax.train.run import run
     from vllama2_jax.train.run_folder import FAULTS
 
-    done = run(config, options.out, window)
+    done = run(config, options.out, window, options.programs)
     if done.faults:
         print(
             f"{done.faults} records could not be read and were left out; "

@@ -17,8 +17,21 @@ from vllama2_jax.text import Spliced, StreamDecoder, Tokenizer
 # Room for new tokens is made in steps: most answers are short, and every slot costs attention. The
 # first is the same for every request, so that a prompt's bucket alone decides which programs run.
 _FIRST_ROOM = 256
+# Ids that end an answer have so many slots at least, so that other ids are not other programs.
+STOP_SLOTS = 4
 # Tokens between two looks of a stream: few enough to read along, enough to hide the round trip.
 STREAM_STEP = 4
+
+
+def room_for(new_tokens: int) -> int:
+    """Slots that a cache has behind a prompt when so many tokens have been generated.
+
+    While it grows, the one before is there too.
+    """
+    room = _FIRST_ROOM
+    while room < new_tokens:
+        room *= 2
+    return room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +157,7 @@ class Generator:
         positions = jnp.asarray([start + len(r.spliced.tokens) for r in requests], jnp.int32)
         keys = jnp.repeat(jax.random.key(sampling.seed)[None], len(requests))
         sampler = Sampler.create(sampling)
-        # A fixed number of stop slots, so that another set of ids is not another program.
-        stops = jnp.full((max(4, len(stop_ids)),), -1, jnp.int32)
+        stops = jnp.full((max(STOP_SLOTS, len(stop_ids)),), -1, jnp.int32)
         if stop_ids:
             stops = stops.at[: len(stop_ids)].set(jnp.asarray(stop_ids, jnp.int32))
         state = self.programs.start(logits, cache, positions, keys, sampler, stops, room=room)

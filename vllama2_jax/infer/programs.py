@@ -102,17 +102,25 @@ class Programs:
         make = functools.partial(init_cache, self.config.decoder, rows, capacity, self.dtype)
         if self.layout is None:
             return make()
+        if (rows, capacity) not in self._caches:  # a program of its own for each size
+            where = jax.tree.map(lambda x: x.sharding, self.abstract_cache(rows, capacity))
+            self._caches[rows, capacity] = jax.jit(make, out_shardings=where)
+        return self._caches[rows, capacity]()
 
-        def where(leaf):
+    def abstract_cache(self, rows: int, capacity: int) -> KVCache:
+        """Shapes of a cache, which know where they lie; needs a layout."""
+        shapes = jax.eval_shape(
+            functools.partial(init_cache, self.config.decoder, rows, capacity, self.dtype)
+        )
+
+        def placed(leaf):
             names = (
                 CACHE_AXES[-leaf.ndim :] if leaf.ndim > 2 else (CACHE_AXES[0], None)[: leaf.ndim]
             )
-            return self.layout.sharding(names, leaf.shape)
+            where = self.layout.sharding(names, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-        if (rows, capacity) not in self._caches:  # a program of its own for each size
-            shardings = jax.tree.map(where, jax.eval_shape(make))
-            self._caches[rows, capacity] = jax.jit(make, out_shardings=shardings)
-        return self._caches[rows, capacity]()
+        return jax.tree.map(placed, shapes)
 
     def _apply(self, params, method, *args):
         with using(self.layout):

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -66,8 +67,9 @@ class Layout:
         """In which steps the parts of a logical axis are best gathered, one after the other.
 
         A TPU gathers and scatters along one or two dimensions of its torus. Over three, XLA makes
-        an all-reduce of the whole of either, which sends twice as much. Slices, which another
-        network joins, are a step of their own.
+        an all-reduce of the whole of either, which sends twice as much; so it does of some that lie
+        along two dimensions of unlike lengths (libtpu 0.0.42). Slices, which another network joins,
+        are a step of their own.
 
         Returns:
           pairs of a mesh axis and the groups of its devices that exchange (None: all of them), as
@@ -125,19 +127,39 @@ def _stages(places) -> list[list[list[int]] | None]:
     stages, count = [], places.shape[1]
     block = count
     while block > 1:
-        # The last step: from blocks of `step` devices, as few as may be, to blocks of `block`.
-        for step in (step for step in range(1, block) if block % step == 0):
-            grid = places.reshape(len(places), count // block, block // step, step, -1)
-            varies = grid.max(2) != grid.min(2)
-            # Slices talk over another network, never together with the links of one.
-            if (varies[..., 1:].sum(-1) + 2 * varies[..., 0]).max() <= 2:
-                break
-        else:
+        # The last step: from blocks of `step` devices, as few as may be, to blocks of `block`; but
+        # squares are preferred.
+        steps = [step for step in range(1, block) if block % step == 0]
+        grids = {
+            step: places.reshape(len(places), count // block, block // step, step, -1)
+            for step in steps
+        }
+        possible = [step for step in steps if _may_exchange(grids[step])]
+        if not possible:
             return [None]
+        if block == count and possible[0] == 1:
+            return [None]  # all at once
+        step = next((step for step in possible if _is_square(grids[step])), possible[0])
         numbers = np.arange(count).reshape(count // block, block // step, step)
         stages.append(numbers.swapaxes(1, 2).reshape(-1, block // step).tolist())
         block = step
     return stages[::-1] if len(stages) > 1 else [None]
+
+
+def _may_exchange(grid) -> bool:
+    """Whether groups lie along two dimensions at most, devices [..., group, :, 4]."""
+    varies = grid.max(2) != grid.min(2)
+    # Slices talk over another network, never together with the links of one.
+    return (varies[..., 1:].sum(-1) + 2 * varies[..., 0]).max() <= 2
+
+
+def _is_square(grid) -> bool:
+    """Whether groups are squares without gaps, or lines."""
+    sizes = (grid.max(2) - grid.min(2) + 1).reshape(-1, grid.shape[-1])
+    return all(
+        len({size for size in box if size > 1}) < 2 and math.prod(box) == grid.shape[2]
+        for box in sizes.tolist()
+    )
 
 
 _IN_FORCE: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("layout", default=None)
@@ -164,6 +186,28 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if layout is None:
         return x
     return jax.lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
+
+
+def behind(x: jax.Array, earlier: jax.Array) -> jax.Array:
+    """`x`, which simulated devices can have only when `earlier` is there.
+
+    XLA for CPUs runs what needs nothing of each other at once, also loops whose turns exchange
+    arrays. Between processes Gloo has one channel for all, so that two such loops take each other's
+    messages ("Received data size doesn't match expected size"). Gradients are not kept apart.
+
+    Args:
+      x: floats [B, ...].
+      earlier: of the same rows [B, ...].
+    """
+    if layout_in_force() is None:
+        return x
+
+    def after(x, earlier):
+        first = jax.lax.stop_gradient(earlier).reshape(len(x), -1)[:, 0]
+        nothing = jnp.minimum(jnp.abs(first), 0).astype(x.dtype)  # which XLA does not know
+        return x + nothing.reshape(-1, *[1] * (x.ndim - 1))
+
+    return jax.lax.platform_dependent(x, earlier, cpu=after, default=lambda x, earlier: x)
 
 
 def gather(x: jax.Array, names: Names, layout: Layout | None, kept: Names = ()) -> jax.Array:

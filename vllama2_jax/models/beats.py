@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vllama2_jax.models.activations import gelu
-from vllama2_jax.models.axes import constrain
+from vllama2_jax.models.axes import constrain, layout_in_force
 from vllama2_jax.models.config import BeatsConfig
 from vllama2_jax.models.convolution import convolve
 from vllama2_jax.models.long_convolution import convolve_long
@@ -92,6 +92,8 @@ def attend_gated(query, key, value, gate, bias) -> jax.Array:
         scaled = gate.transpose(0, 2, 1)[..., None] * bias
         return jax.nn.dot_product_attention(query, key, value, bias=scaled.astype(query.dtype))
 
+    if layout_in_force():  # one head after the other would be all heads on every device
+        return whole(query, key, value, gate, bias)
     return jax.lax.platform_dependent(
         query, key, value, gate, bias, cpu=_attend_by_head, default=whole
     )

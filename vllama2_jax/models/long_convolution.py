@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vllama2_jax.models.axes import layout_in_force
+
 # A transform of so many places per window: a piece then gives three windows' worth of outputs, and
 # the transforms of the kernel, which has a row per pair of channels, stay short.
 _PLACES_PER_WINDOW = 4
@@ -61,6 +63,8 @@ def convolve_long(
         inputs = jnp.pad(inputs, ((0, 0), pads, (0, 0)))
         return overlap_save(inputs, kernel, feature_group_count, precision)
 
+    if layout_in_force():  # XLA splits no Fourier transform over devices
+        return xla(inputs, kernel)
     return lax.platform_dependent(inputs, kernel, cpu=by_pieces, default=xla)
 
 

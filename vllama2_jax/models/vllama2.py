@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vllama2_jax.models.axes import (
+    behind,
     constrain,
     divisible,
     gather,
@@ -232,7 +233,8 @@ class VLlama2(nn.Module):
         if batch.frames is not None:
             tables.append(self.encode(batch.frames, batch.clip_frames, batch.clip_mask))
         if batch.audio is not None:
-            tables.append(self.hear(batch.audio, batch.audio_mask, batch.audio_keep))
+            audio = behind(batch.audio, tables[0]) if tables else batch.audio
+            tables.append(self.hear(audio, batch.audio_mask, batch.audio_keep))
         return jnp.concatenate(tables, axis=1) if tables else None
 
     def decode(

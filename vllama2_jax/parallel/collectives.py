@@ -94,6 +94,11 @@ class Communication(NamedTuple):
     kernels: Mapping[str, int]
     uncounted_loops: tuple[str, ...]
 
+    @property
+    def wire_bytes(self) -> int:
+        """Of a device and step."""
+        return sum(map(wire_bytes, self.collectives))
+
 
 def communication(
     text: str, mesh_shape: Mapping[str, int], across: Mapping[str, int] | None = None

@@ -45,8 +45,7 @@ def join(heartbeat_seconds: int = _HEARTBEAT_SECONDS) -> None:
         options = {}
     else:
         return
-    # On CPUs programs would overlap, and Gloo, which has one channel, mix their messages up: where a
-    # program follows another, processes abort with "Received data size doesn't match expected size".
+    # On CPUs programs would overlap, and Gloo, which has one channel, mix their messages up.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **options)

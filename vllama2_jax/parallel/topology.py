@@ -10,11 +10,14 @@ cpu:8        8 simulated devices
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
 import os
 import re
+import subprocess
+import sys
 import tempfile
 
 from vllama2_jax.parallel.chips import CHIPS, Chip
@@ -137,7 +140,7 @@ def devices(wanted: Topology) -> list:
 
     Raises:
       ValueError: where libtpu is missing or not the one that this JAX is made for, where it knows
-        no such slice, or where this machine has too few GPUs or simulated devices.
+        no such slice or flag, or where this machine has too few GPUs or simulated devices.
     """
     import jax
 
@@ -148,6 +151,8 @@ def devices(wanted: Topology) -> list:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if os.environ.get("LIBTPU_INIT_ARGS"):
+        _check_flags(os.environ["LIBTPU_INIT_ARGS"])
     # Without `wrap`, libtpu plans for a mesh with open ends: no ring, and gathers over the whole
     # slice become sums of zero-padded arrays, twice the bytes.
     padded = (*wanted.shape, *(1,) * (3 - len(wanted.shape)))
@@ -194,6 +199,19 @@ def _check_libtpu():
     if pins and not f"{found}.".startswith(f"{pins[0]}."):
         jax_version = importlib.metadata.version("jax")
         raise ValueError(f"jax {jax_version} wants libtpu {pins[0]}, not {found}; {remedy}")
+
+
+@functools.cache
+def _check_flags(flags: str) -> None:
+    """Refuse flags for which libtpu would end this process where it is loaded."""
+    load = 'from jax.experimental import topologies as t; t.get_topology_desc("v5e:2x2", "tpu")'
+    tried = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+    if tried.returncode:
+        said = tried.stderr.strip().splitlines() or [f"it ends with {tried.returncode}"]
+        raise ValueError(
+            f"libtpu does not start with LIBTPU_INIT_ARGS={flags!r} ({said[-1]}); correct or unset "
+            "that variable"
+        )
 
 
 @contextlib.contextmanager

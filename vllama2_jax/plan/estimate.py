@@ -23,6 +23,7 @@ from vllama2_jax.plan.program import (
     check_slices,
     network_of,
 )
+from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.stage import largest_batch, stage_or_none
 from vllama2_jax.plan.work import (
@@ -46,19 +47,26 @@ ASSUMED = (
 )
 
 
-def estimate(config: TrainConfig, topology: Topology, *, length: int | None = None) -> Plan:
+def estimate(
+    config: TrainConfig,
+    topology: Topology,
+    *,
+    length: int | None = None,
+    records: Records | None = None,
+) -> Plan:
     """What a run's step takes on a topology, without compiling it.
 
     Args:
       config: of the run.
       topology: of `parallel.topology`.
       length: slots of a row; None takes the longest rows of the recipe.
+      records: that it reads, where they are known.
 
     Raises:
       ValueError: if the run does not fit the topology's mesh.
     """
     network = network_of(config.start)
-    shape = largest_batch(config, network, length)
+    shape = largest_batch(config, network, length, records)
     layout = abstract_layout(config.mesh, topology.num_chips)
     check_slices(config.mesh, topology)
     check_rows(config, layout)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.models.axes import Layout
@@ -14,8 +16,11 @@ from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import Batch, abstract_params
 from vllama2_jax.models.zoo import model_config
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
+from vllama2_jax.parallel.program_cache import compile_program, keep_program
 from vllama2_jax.parallel.sharding import batch_shardings, param_axes, shardings
 from vllama2_jax.parallel.topology import Topology
+from vllama2_jax.plan.records import Records
+from vllama2_jax.train.compiling import about_step
 from vllama2_jax.train.config import StartConfig, TrainConfig
 from vllama2_jax.train.lora import adapt
 from vllama2_jax.train.optimizer import make_optimizer
@@ -174,7 +179,12 @@ def check_slices(mesh: MeshConfig, topology: Topology) -> None:
 
 
 def compile_step(
-    config: TrainConfig, network: VLlama2Config, shape: Shape, devices: Sequence[jax.Device]
+    config: TrainConfig,
+    network: VLlama2Config,
+    shape: Shape,
+    devices: Sequence[jax.Device],
+    records: Records | None = None,
+    folder: epath.Path | None = None,
 ) -> Program:
     """Trace and compile a run's own step.
 
@@ -183,6 +193,8 @@ def compile_step(
       network: of `network_of`.
       shape: of its batch.
       devices: to compile for.
+      records: that it reads. Without them, constants in the program are not the run's own.
+      folder: where to keep the program for `train --programs`.
 
     Raises:
       ValueError: if mesh, rows and devices do not fit.
@@ -190,12 +202,26 @@ def compile_step(
     layout = make_layout(config.mesh, devices)
     check_rows(config, layout)
     arguments = abstract_arguments(config, network, shape, layout)
-    optimizer = make_optimizer(config.optimizer, 2, arguments.assigned)
-    where = jax.tree.map(lambda leaf: leaf.sharding, arguments.state)
-    step = make_run_step(config, network, ("all",), optimizer, layout, where)
-    begin = time.perf_counter()
-    compiled = step.lower(arguments.state, arguments.frozen, arguments.batch).compile()
-    return Program(compiled, time.perf_counter() - begin, arguments, layout)
+    datasets, steps = (records.datasets, records.steps) if records else (("all",), 2)
+    optimizer = make_optimizer(config.optimizer, steps, arguments.assigned)
+    began = time.perf_counter()
+    if len(devices) > 1:
+        where = jax.tree.map(lambda leaf: leaf.sharding, arguments.state)
+        step = make_run_step(config, network, datasets, optimizer, layout, where)
+    else:  # as a run on one device
+        step = make_run_step(config, network, datasets, optimizer, devices=devices)
+        here = SingleDeviceSharding(devices[0])
+        held = jax.tree.map(lambda leaf: here, arguments[:2])
+        batch = abstract_batch(network, shape)  # which is bound to no device, as those of a run
+        arguments = Arguments(*_placed(arguments[:2], held), batch, arguments.assigned)
+    lowered = step.lower(arguments.state, arguments.frozen, arguments.batch)
+    lowering = time.perf_counter() - began
+    if folder is None:
+        made = compile_program(lowered)
+    else:
+        about = about_step(config, network, datasets, steps, arguments.batch)
+        made = keep_program(lowered, folder, devices, about)
+    return Program(made.compiled, lowering + made.seconds, arguments, layout)
 
 
 def _placed(tree, where):

@@ -1,11 +1,8 @@
 """What a run's own records say that a recipe cannot: how many steps, and how full its rows are."""
 
-import dataclasses
 import tempfile
 from typing import NamedTuple
 
-from vllama2_jax.plan.result import Plan
-from vllama2_jax.plan.stage import Stage
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.dry_run import look_at
@@ -15,27 +12,27 @@ from vllama2_jax.train.start import describe_start
 
 
 class Records(NamedTuple):
-    """What was counted in a run's first steps.
+    """What a run's data say; means are of its first steps.
 
     Attributes:
       samples: records of the whole run.
+      rows: of a step.
+      steps: of the whole run.
       useful_fraction: of the slots of its rows, if every row had the length that its bucket has,
         those that hold a token or media.
-      rows_per_sample: that a record takes; less than 1 where several share a row.
+      lengths: slots of rows that occur, the shortest first.
+      clips, sounds: that a row has room for.
+      datasets: whose losses are told apart.
     """
 
     samples: int
+    rows: int
+    steps: int
     useful_fraction: float
-    rows_per_sample: float
-
-    def told_to(self, plan: Plan) -> Plan:
-        """A plan that knows its run's own records."""
-        steps = -(-round(self.samples * self.rows_per_sample) // plan.shape.rows)
-        return dataclasses.replace(
-            plan,
-            stage=Stage(self.samples, max(1, steps)),
-            useful_fraction=self.useful_fraction,
-        )
+    lengths: tuple[int, ...]
+    clips: int
+    sounds: int
+    datasets: tuple[str, ...]
 
 
 def records_of(config: TrainConfig) -> Records:
@@ -50,11 +47,17 @@ def records_of(config: TrainConfig) -> Records:
         card = trained_card(card, config, tokenizer)
         feeding = feeding_of(config, card, tokenizer, index)
         buckets, steps = look_at(feeding), len(feeding.schedule)
+        lengths = sorted({step.length for step in feeding.schedule})
     looked = sum(bucket.steps for bucket in buckets)
     slots = config.rows * sum(bucket.steps * bucket.length for bucket in buckets)
     records = sum(bucket.records for bucket in buckets)
     return Records(
         samples=round(records / looked * steps),
+        rows=config.rows,
+        steps=steps,
         useful_fraction=sum(bucket.tokens for bucket in buckets) / slots,
-        rows_per_sample=config.rows * looked / records,
+        lengths=tuple(lengths),
+        clips=feeding.schedule.max_clips,
+        sounds=feeding.schedule.max_sounds,
+        datasets=feeding.datasets,
     )

@@ -3,10 +3,11 @@
 import dataclasses
 
 from vllama2_jax.models.config import VLlama2Config
-from vllama2_jax.parallel.collectives import Communication, largest_gather, totals, wire_bytes
+from vllama2_jax.parallel.collectives import Communication, largest_gather, totals
 from vllama2_jax.parallel.roofline import Roofline
 from vllama2_jax.parallel.topology import Topology
 from vllama2_jax.plan.program import Shape
+from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.stage import Stage
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.flops import StepFlops
@@ -90,7 +91,7 @@ class Plan:
     @property
     def wire_bytes(self) -> int | None:
         """Of a chip and step."""
-        return self.sent and sum(map(wire_bytes, self.sent.collectives))
+        return self.sent and self.sent.wire_bytes
 
     @property
     def samples_per_second(self) -> float | None:
@@ -104,10 +105,18 @@ class Plan:
             return None
         return self.stage.steps * self.roofline.step_seconds / _HOUR
 
+    def told(self, records: Records) -> "Plan":
+        """The same, knowing its run's own records."""
+        steps = -(-records.steps * records.rows // self.shape.rows)
+        return dataclasses.replace(
+            self,
+            stage=Stage(records.samples, steps),
+            useful_fraction=records.useful_fraction,
+        )
+
     def to_json(self) -> dict:
         """The plan in plain JSON types."""
-        roof, sent, hours = self.roofline, self.sent, self.hours
-        largest = sent and largest_gather(sent.collectives)
+        roof, hours = self.roofline, self.hours
         return {
             "fits": self.fits,
             "estimated": self.estimated,
@@ -123,20 +132,7 @@ class Plan:
             "hbm_bytes_per_chip": self.memory.to_json(),
             "model_flops_per_step": self.flops.model,
             "hardware_flops_per_step": self.flops.hardware,
-            "collectives": [
-                {
-                    "kind": total.kind,
-                    "axis": total.axis,
-                    "bytes": total.bytes,
-                    "count": total.count,
-                    "wire_bytes": total.wire_bytes,
-                    "overlapped_bytes": total.overlapped_bytes,
-                }
-                for total in totals(sent.collectives if sent else ())
-            ],
-            "wire_bytes": self.wire_bytes,
-            "largest_gather": largest and {"bytes": largest.bytes, "shape": largest.shape},
-            "kernels": dict(sent.kernels if sent else {}),
+            **sent_to_json(self.sent),
             "hlo": self.hlo,
             "roofline": roof and dataclasses.asdict(roof),
             "tokens_per_second": roof and self.shape.rows * self.shape.length / roof.step_seconds,
@@ -148,3 +144,24 @@ class Plan:
                 "chip_hours": hours and hours * self.topology.num_chips,
             },
         }
+
+
+def sent_to_json(sent: Communication | None) -> dict:
+    """What a program sends and calls, in plain JSON types."""
+    largest = sent and largest_gather(sent.collectives)
+    return {
+        "collectives": [
+            {
+                "kind": total.kind,
+                "axis": total.axis,
+                "bytes": total.bytes,
+                "count": total.count,
+                "wire_bytes": total.wire_bytes,
+                "overlapped_bytes": total.overlapped_bytes,
+            }
+            for total in totals(sent.collectives if sent else ())
+        ],
+        "wire_bytes": sent and sent.wire_bytes,
+        "largest_gather": largest and {"bytes": largest.bytes, "shape": largest.shape},
+        "kernels": dict(sent.kernels if sent else {}),
+    }

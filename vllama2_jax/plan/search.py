@@ -9,6 +9,7 @@ from vllama2_jax.parallel.topology import Topology
 from vllama2_jax.plan.estimate import estimate
 from vllama2_jax.plan.planning import plan
 from vllama2_jax.plan.program import network_of
+from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.result import Plan
 from vllama2_jax.train.config import TrainConfig
 
@@ -24,6 +25,7 @@ def search(
     *,
     rows: tuple[int, ...] = (),
     length: int | None = None,
+    records: Records | None = None,
     most: int = 3,
     told: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
@@ -38,6 +40,7 @@ def search(
       topology: of `parallel.topology`.
       rows: of a step, to try beside those of the recipe.
       length: slots of a row; None takes the longest rows of the recipe.
+      records: that it reads, where they are known.
       most: meshes that are compiled and fit; 0 compiles nothing.
       told: hears what is being compiled.
 
@@ -48,7 +51,7 @@ def search(
     slices = topology.num_slices if topology.platform == "tpu" else 1
     for candidate in candidates(config, network, topology.num_chips, rows, slices):
         try:
-            found.append(estimate(candidate, topology, length=length))
+            found.append(estimate(candidate, topology, length=length, records=records))
         except ValueError as error:
             reason = reason or error
     if not found:
@@ -68,7 +71,7 @@ def search(
             continue
         told(f"compiling {mesh_and_batch(guess)}")
         try:
-            compiled.append(plan(guess.config, topology, length=length))
+            compiled.append(plan(guess.config, topology, length=length, records=records))
         except ValueError as error:  # what a kernel cannot be split into shows when it is traced
             told(f"left out: {error}")
             continue

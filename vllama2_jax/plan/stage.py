@@ -11,6 +11,7 @@ from vllama2_jax.data.paper_mixtures import (
 )
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.plan.program import Shape
+from vllama2_jax.plan.records import Records
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.feeding import longest_row
 
@@ -27,17 +28,25 @@ class Stage(NamedTuple):
     steps: int
 
 
-def largest_batch(config: TrainConfig, network: VLlama2Config, length: int | None = None) -> Shape:
+def largest_batch(
+    config: TrainConfig,
+    network: VLlama2Config,
+    length: int | None = None,
+    records: Records | None = None,
+) -> Shape:
     """The batch of a recipe's longest rows, which needs the most memory.
 
     Args:
       config: of the run.
       network: that it trains.
       length: slots of a row, in place of the longest.
+      records: that it reads, which say what its rows have room for.
     """
     modalities = _modalities(config)
     clips = config.data.max_clips * bool(modalities & {VIDEO, IMAGE, AUDIO_VIDEO})
     sounds = config.data.max_clips * bool(network.audio and modalities & {AUDIO, AUDIO_VIDEO})
+    if records:
+        clips, sounds = records.clips, records.sounds
     return Shape(
         rows=config.rows,
         length=longest_row(config.data, network) if length is None else length,

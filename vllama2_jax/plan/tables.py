@@ -6,10 +6,12 @@ from rich.table import Table
 from vllama2_jax.parallel.collectives import totals
 from vllama2_jax.parallel.mesh import axes_in_words
 from vllama2_jax.parallel.published import ASSUMED, published_rows
-from vllama2_jax.parallel.roofline import assumptions
+from vllama2_jax.parallel.roofline import Roofline, assumptions
 from vllama2_jax.plan.estimate import ASSUMED as OF_ESTIMATES
-from vllama2_jax.plan.result import Plan
+from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.search import mesh_and_batch
+from vllama2_jax.plan.serving_result import ServingPlan
+from vllama2_jax.plan.serving_work import ASSUMED as OF_SERVING
 
 _CONVENTION = (
     "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
@@ -24,7 +26,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print a plan, and everything that it takes for granted."""
     console.print(_summary(plan))
     if plan.refusal:
-        console.print(f"The compiler: {plan.refusal}", highlight=False)
+        console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
     if plan.sent is None:
         return
     console.print(_collectives(plan))
@@ -37,6 +39,49 @@ def show(plan: Plan, console: Console) -> None:
     estimates = OF_ESTIMATES if plan.estimated else ()
     for sentence in (*estimates, *_CONVENTION, *assumptions(plan.topology)):
         console.print(f"- {sentence}", highlight=False)
+
+
+def show_serving(plan: ServingPlan, console: Console) -> None:
+    """Print what answering takes, and everything that is taken for granted."""
+    serving, memory, roof = plan.serving, plan.memory, plan.roofline
+    prompt = serving.program == "prefill"
+    rows = [
+        ("on", _place(plan)),
+        (
+            "rows",
+            f"{serving.rows}, prompts of {serving.length:,} slots, room for {serving.room:,} "
+            "new tokens",
+        ),
+        ("fits", "yes" if plan.fits else "NO: take more chips, fewer rows, or another mesh"),
+        ("arguments", f"{size(memory.arguments)} a chip: parameters and the cache"),
+        ("the cache", f"{size(plan.cache[0])} a chip of {size(plan.cache[1])} in all"),
+        *_memory_rows(memory),
+        ("compiled in", "-" if plan.compile_seconds is None else f"{plan.compile_seconds:.0f} s"),
+        (
+            "FLOPs of all prompts" if prompt else "FLOPs of a token of each row",
+            f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware",
+        ),
+    ]
+    if plan.sent:
+        rows.append(("sent", f"{size(plan.sent.wire_bytes)} by each chip"))
+    if roof:
+        what = "of prompts" if prompt else "of answers"
+        rows += [
+            *_roofline_rows(roof),
+            ("prompts read in" if prompt else "a token takes", duration(roof.step_seconds)),
+            ("all rows", f"{plan.tokens_per_second:,.0f} tokens/s {what}, by a model"),
+        ]
+    console.print(_two_columns(f"{plan.network.name}, {serving.program}", rows))
+    if plan.refusal:
+        console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
+    if plan.sent is None:
+        return
+    console.print(_collectives(plan))
+    if roof:
+        of_training = [s for s in assumptions(plan.topology) if s.startswith("Memory:")]
+        for sentence in (*OF_SERVING, *assumptions(plan.topology)):
+            if sentence not in of_training:
+                console.print(f"- {sentence}", highlight=False)
 
 
 def show_ranked(plans: list[Plan], console: Console) -> None:
@@ -98,17 +143,12 @@ def _summary(plan: Plan) -> Table:
     media = f"{shape.clips} clips and {shape.sounds} sounds"
     parts = plan.config.micro_batches
     batches = f"; in {parts} micro-batches" if parts > 1 else ""
-    table = Table(show_header=False, title=f"{plan.network.name}, {plan.config.name}")
     rows = [
-        (
-            "on",
-            f"{plan.topology.name}, {plan.topology.num_chips} chips; {axes_in_words(plan.mesh)}",
-        ),
+        ("on", _place(plan)),
         ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each{batches}"),
         ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
         ("arguments", f"{size(memory.arguments)} a chip: parameters, moments, the batch"),
-        ("temporaries", size(memory.temporaries)),
-        ("peak", f"{size(memory.peak)} of {size(memory.limit)}"),
+        *_memory_rows(memory),
         ("compiled in", _compiled(plan)),
         ("FLOPs of a step", f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware"),
     ]
@@ -117,12 +157,7 @@ def _summary(plan: Plan) -> Table:
     if roof:
         slots = shape.rows * shape.length / roof.step_seconds
         rows += [
-            ("compute", duration(roof.compute_seconds)),
-            ("memory", duration(roof.hbm_seconds)),
-            (
-                "links",
-                f"{duration(roof.ici_seconds)}, {duration(roof.exposed_seconds)} of it exposed",
-            ),
+            *_roofline_rows(roof),
             ("step", f"{duration(roof.step_seconds)}, {slots:,.0f} slots/s"),
             ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
         ]
@@ -137,6 +172,31 @@ def _summary(plan: Plan) -> Table:
                 f"{hours * plan.topology.num_chips:,.0f} chip-hours at most",
             )
         )
+    return _two_columns(f"{plan.network.name}, {plan.config.name}", rows)
+
+
+def _place(plan: Plan | ServingPlan) -> str:
+    return f"{plan.topology.name}, {plan.topology.num_chips} chips; {axes_in_words(plan.mesh)}"
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
+    return [
+        ("temporaries", size(memory.temporaries)),
+        ("peak", f"{size(memory.peak)} of {size(memory.limit)}"),
+    ]
+
+
+def _roofline_rows(roof: Roofline) -> list[tuple[str, str]]:
+    exposed = f"{duration(roof.exposed_seconds)} of it exposed"
+    return [
+        ("compute", duration(roof.compute_seconds)),
+        ("memory", duration(roof.hbm_seconds)),
+        ("links", f"{duration(roof.ici_seconds)}, {exposed}"),
+    ]
+
+
+def _two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, title=title)
     for row in rows:
         table.add_row(*row)
     return table
@@ -148,7 +208,7 @@ def _compiled(plan: Plan) -> str:
     return "-" if plan.compile_seconds is None else f"{plan.compile_seconds:.0f} s"
 
 
-def _collectives(plan: Plan) -> Table:
+def _collectives(plan: Plan | ServingPlan) -> Table:
     table = Table(title="Collectives of a chip and step")
     for name in ("kind", "axis"):
         table.add_column(name)

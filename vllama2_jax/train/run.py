@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +27,11 @@ from vllama2_jax.models.vllama2 import VLlama2
 from vllama2_jax.parallel import hosts
 from vllama2_jax.parallel.backends import attention_backend, moe_backend
 from vllama2_jax.parallel.mesh import axes_in_words, make_layout
+from vllama2_jax.parallel.program_cache import open_folder, using_folder
 from vllama2_jax.parallel.sharding import param_axes
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer, load_tokenizer, tokenizer_files
+from vllama2_jax.train.compiling import StepPrograms, about_step
 from vllama2_jax.train.config import TrainConfig, to_json
 from vllama2_jax.train.curves import draw_curves
 from vllama2_jax.train.feeding import Feeding, feeding_of
@@ -71,13 +74,20 @@ class Outcome(NamedTuple):
     faults: int = 0
 
 
-def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0)) -> Outcome:
+def run(
+    config: TrainConfig,
+    out: str | Path,
+    profile: tuple[int, int] = (0, 0),
+    programs: str | Path | None = None,
+) -> Outcome:
     """Begin a run, or go on with it.
 
     Args:
       config: what to do.
       out: its folder, new or that of the same run.
       profile: first and last step of a trace for XProf; zeros trace nothing.
+      programs: a folder that all processes see, local or `gs://`, where compiled programs are
+        taken from and kept.
 
     Raises:
       CheckpointError: if the folder is that of another run, or a checkpoint cannot be written.
@@ -87,6 +97,9 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
     hosts.join()
     # What people read is said once, by the first process.
     out, console = folder_of(out), Console(stderr=True, quiet=not hosts.is_first())
+    programs = programs and folder_of(programs)
+    if programs:
+        hosts.first_does("programs", lambda: _say_dropped(open_folder(programs), console))
     layout = layout_of(config, jax.devices())
     if layout:
         console.print(f"mesh: {in_words_of(layout)}", highlight=False)
@@ -145,10 +158,19 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
                 frozen=frozen,
             )
             del frozen
+            step = make_run_step(config, card.config, feeding.datasets, optimizer, layout, where)
+            described = (config, card.config, feeding.datasets, len(feeding.schedule))
+            step = StepPrograms(
+                step,
+                devices=list(layout.mesh.devices.flat) if layout else jax.devices()[:1],
+                about=functools.partial(about_step, *described),
+                folder=programs,
+                tell=functools.partial(
+                    console.print, highlight=False, markup=False, soft_wrap=True
+                ),
+            )
+            stack.enter_context(using_folder(programs))
             try:
-                step = make_run_step(
-                    config, card.config, feeding.datasets, optimizer, layout, where
-                )
                 state = course.run(step, state)
                 checkpoints.wait()
             finally:  # what went wrong is seen best in them
@@ -160,6 +182,11 @@ def run(config: TrainConfig, out: str | Path, profile: tuple[int, int] = (0, 0))
         # Another process may have been told, and this one agreed.
         stopped_by = course.stop.received or (signal.SIGTERM if taken < steps else None)
         return Outcome(taken, steps, stopped_by, len(course.faults()))
+
+
+def _say_dropped(files: list[str], console: Console) -> None:
+    for name in files:
+        console.print(f"a damaged program was dropped: {name}", markup=False, soft_wrap=True)
 
 
 def layout_of(config: TrainConfig, devices) -> Layout | None:
@@ -244,10 +271,21 @@ def make_run_step(
     optimizer,
     layout: Layout | None = None,
     where: TrainState | None = None,
+    devices: Sequence[jax.Device] = (),
 ):
-    """The step of a run, of `make_step`; `where` is of `state_shardings`."""
+    """The step of a run, of `make_step`.
+
+    Args:
+      config: of the run.
+      network: that it trains.
+      datasets: whose losses are told apart.
+      optimizer: of `make_optimizer`.
+      layout: how it is laid out over several devices.
+      where: of `state_shardings`.
+      devices: the one device, without a layout; by default JAX's first.
+    """
     dtype = float_dtype(config.dtype)
-    devices = layout.mesh.devices if layout else jax.devices()[:1]
+    devices = layout.mesh.devices if layout else devices or jax.devices()[:1]
     model = VLlama2(
         network,
         dtype=dtype,

@@ -212,7 +212,7 @@ def prepare(
     """
     assigned, flat = assign_rules(rules, params), flatten(params)
     params.clear()
-    kept = {path for path, rule in assigned.items() if rule.action != "train"}
+    kept = [path for path, rule in assigned.items() if rule.action != "train"]
     for path in kept:
         flat[path] = flat[path].astype(dtype)
     parts = {path.split("/", 1)[0] for path in flat}
