@@ -6,8 +6,9 @@ from jax.sharding import AbstractMesh, AxisType
 from vllama2_jax.configs.parse import build
 from vllama2_jax.configs.shortcuts import Shortcuts, resolve
 from vllama2_jax.models.axes import Layout
-from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.mesh import MeshConfig, make_layout
 from vllama2_jax.parallel.rules import LAYOUTS, MESH_AXES
+from vllama2_jax.parallel.topology import devices, topology
 
 
 def layout(name="fsdp", **sizes):
@@ -87,3 +88,12 @@ def test_the_command_line_says_a_mesh_in_one_word(text, wanted):
 def test_a_mesh_that_cannot_be_read_is_named():
     with pytest.raises(ValueError, match="mesh tensr=2: 'tensr=2' is not AXIS=SIZE"):
         resolve(["config:video_sft"], Shortcuts(mesh="tensr=2"))
+
+
+def test_on_a_torus_with_an_odd_dimension_the_two_like_ones_vary_slowest(libtpu):
+    """What is gathered over all chips is gathered along four of them, and then over a square."""
+    found = make_layout(MeshConfig(), devices(topology("v5p:4x8x8")))
+    (_, line), (_, square) = found.stages("embed")
+    places = [device.coords for device in found.mesh.devices.flat]
+    assert [places[i] for i in line[0]] == [[x, 0, 0] for x in range(4)]
+    assert sorted(places[i] for i in square[0]) == [[0, y, z] for y in range(8) for z in range(8)]

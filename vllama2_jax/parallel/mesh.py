@@ -166,7 +166,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        if max(shape) == len(devices):
+            grid = _squares_outside(devices, grid)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _squares_outside(devices: Sequence[jax.Device], grid: np.ndarray) -> np.ndarray:
+    """Devices along one axis, ordered so that two like dimensions of their torus vary slowest.
+
+    What is gathered along the axis is gathered along the third dimension first, and then, which is
+    nearly all of it, over the square of the other two, whose links it uses together
+    (`axes.Layout.stages`).
+    """
+    if not hasattr(devices[0], "coords"):
+        return grid
+    sizes = [max(along) + 1 for along in zip(*(d.coords for d in devices), strict=True)]
+    odd = [i for i, size in enumerate(sizes) if size > 1 and sizes.count(size) == 1]
+    if len(odd) != 1 or sizes.count(1) or odd[0] == len(sizes) - 1:
+        return grid
+    order = [i for i in range(len(sizes)) if i != odd[0]] + odd
+    ordered = sorted(devices, key=lambda device: [device.coords[i] for i in order])
+    return np.asarray(ordered).reshape(grid.shape)
 
 
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device]) -> Layout:
