@@ -133,8 +133,10 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In seconds or, where they are few, milliseconds."""
-    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3f} ms"
+    """In seconds or, where they are few, milliseconds or microseconds."""
+    if seconds >= 0.1:
+        return f"{seconds:.3f} s"
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"
 
 
 def _summary(plan: Plan) -> Table:
