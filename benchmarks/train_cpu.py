@@ -24,7 +24,7 @@ from vllama2_jax.configs import build, parse
 from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.optimizer import make_optimizer
-from vllama2_jax.train.run import make_run_step
+from vllama2_jax.train.run_step import make_run_step
 from vllama2_jax.train.schooling import HEARING, SEEING, begin_lesson, make_task
 from vllama2_jax.train.start import prepare
 from vllama2_jax.train.step import init_state, make_step

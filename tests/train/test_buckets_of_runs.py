@@ -67,7 +67,7 @@ def test_a_run_introduces_itself_in_a_bucket(bucket, small_run):
 @pytest.mark.parametrize("command", ["train", "convert"])
 def test_the_command_line_keeps_a_buckets_name(command, monkeypatch, bucket):
     given = []
-    monkeypatch.setattr("vllama2_jax.train.run.run", lambda config, out, window: given.append(out))
+    monkeypatch.setattr("vllama2_jax.train.run.run", lambda config, out, *_: given.append(out))
     monkeypatch.setattr(
         "vllama2_jax.checkpoints.save_model", lambda folder, *rest: given.append(str(folder))
     )

@@ -36,7 +36,7 @@ from vllama2_jax.plan.work import (
     width_of,
 )
 from vllama2_jax.train.config import TrainConfig
-from vllama2_jax.train.run import check_rows
+from vllama2_jax.train.run_step import check_rows
 
 ASSUMED = (
     "Nothing was compiled. Arguments are exact; temporaries are the sum of gradients, a copy of "

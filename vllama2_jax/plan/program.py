@@ -24,7 +24,7 @@ from vllama2_jax.train.compiling import about_step
 from vllama2_jax.train.config import StartConfig, TrainConfig
 from vllama2_jax.train.lora import adapt
 from vllama2_jax.train.optimizer import make_optimizer
-from vllama2_jax.train.run import check_rows, make_run_step
+from vllama2_jax.train.run_step import check_rows, make_run_step
 from vllama2_jax.train.start import describe_start
 from vllama2_jax.train.step import TrainState, init_state, state_shardings
 from vllama2_jax.train.trainable import Rule, assign_rules, partition

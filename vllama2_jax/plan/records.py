@@ -7,8 +7,7 @@ from vllama2_jax.text import load_tokenizer
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.dry_run import look_at
 from vllama2_jax.train.feeding import feeding_of
-from vllama2_jax.train.run import trained_card
-from vllama2_jax.train.start import describe_start
+from vllama2_jax.train.start import describe_start, trained_card
 
 
 class Records(NamedTuple):

@@ -16,8 +16,7 @@ from vllama2_jax.train.config import TrainConfig, to_json
 from vllama2_jax.train.feeding import Feeding, feeding_of
 from vllama2_jax.train.lora import adapt
 from vllama2_jax.train.report import StepReport
-from vllama2_jax.train.run import trained_card
-from vllama2_jax.train.start import describe_start
+from vllama2_jax.train.start import describe_start, trained_card
 from vllama2_jax.train.trainable import assign_rules, parameter_table, partition
 
 _SAMPLED = 2000  # steps that the mean is over, of a longer run

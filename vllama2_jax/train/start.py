@@ -24,7 +24,8 @@ from vllama2_jax.models.vllama2 import init_params
 from vllama2_jax.models.zoo import connector_config, model_config
 from vllama2_jax.parallel.placing import place
 from vllama2_jax.parallel.sharding import param_axes, param_shardings, shardings
-from vllama2_jax.train.config import RANDOM, STORED, StartConfig
+from vllama2_jax.text import Tokenizer
+from vllama2_jax.train.config import RANDOM, STORED, StartConfig, TrainConfig
 from vllama2_jax.train.initial import initial_params
 from vllama2_jax.train.lora import adapt, merge
 from vllama2_jax.train.trainable import Rule, assign_rules, combine, partition
@@ -262,3 +263,9 @@ def read_run(
     params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
     card_folder = run_card_folder(folder)
     return params, read_card(card_folder), local(card_folder / TOKENIZER)
+
+
+def trained_card(card: ModelCard, config: TrainConfig, tokenizer: Tokenizer) -> ModelCard:
+    """The card of the model that a run makes: its media are read as in training."""
+    preset = dataclasses.replace(card.preset, square_pad=config.data.square_pad)
+    return dataclasses.replace(card, preset=preset, tokenizer=tokenizer.fingerprint())
