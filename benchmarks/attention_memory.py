@@ -10,13 +10,10 @@ import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +22,7 @@ from vllama2_jax.models.axes import Layout, using
 from vllama2_jax.models.vit import VisionTower
 from vllama2_jax.models.zoo import CLIP_L_336, MISTRAL_7B, SIGLIP_SO400M_384
 from vllama2_jax.parallel.rules import LAYOUTS, MESH_AXES
+from vllama2_jax.parallel.topology import devices, topology
 
 _MIB = 2**20
 
@@ -32,9 +30,8 @@ _MIB = 2**20
 @functools.cache
 def layout(**sizes):
     """The `fsdp+tensor` layout on four chips."""
-    devices = topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices
-    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-    return Layout(jax.sharding.Mesh(np.reshape(devices, shape), MESH_AXES), LAYOUTS["fsdp+tensor"])
+    shape = np.reshape(devices(topology("v5p:2x2x1")), [sizes.get(axis, 1) for axis in MESH_AXES])
+    return Layout(jax.sharding.Mesh(shape, MESH_AXES), LAYOUTS["fsdp+tensor"])
 
 
 def compiled(function, layout, *arguments):
