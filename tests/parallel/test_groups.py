@@ -46,6 +46,11 @@ def as_lists(attributes, num_devices=8):
             [[0, 1], [2, 3], [4, 5], [6, 7]],
             "tensor",
         ),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+            "data",
+        ),
         ("source_target_pairs={{0,4},{4,0},{1,5},{5,1}}", [[0, 4], [4, 0], [1, 5], [5, 1]], "data"),
     ],
 )

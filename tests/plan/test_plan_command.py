@@ -45,6 +45,13 @@ def test_json_of_a_step_on_a_slice_has_every_part(libtpu, capsys, tmp_path):
     assert found["hlo"] == str(hlo) and hlo.read_text().startswith("HloModule")
 
 
+def test_tensor_parallelism_is_planned_by_its_own_axis(libtpu, capsys):
+    mesh = ("--mesh", "fsdp+tensor:tensor=2,fsdp=2")
+    code, found = planned(capsys, *TINY, "--topology", "v5e:2x2", "--steps", "10", *mesh)
+    sent = {(one["kind"], one["axis"]) for one in found["collectives"]}
+    assert code == 0 and {("all-reduce", "tensor"), ("all-gather", "fsdp")} <= sent
+
+
 def test_what_does_not_fit_ends_with_1_and_the_compilers_word(libtpu, capsys):
     code, found = planned(
         capsys, "plan", "--config=config:decoder_only", "--batch", "64", "--topology", "v5e:4x4"

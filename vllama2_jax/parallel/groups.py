@@ -7,6 +7,7 @@ import numpy as np
 
 _LISTS = re.compile(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_TURNED = r"\[([\d,]+)\]T\(([\d,]+)\)"
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
@@ -72,6 +73,9 @@ def _mesh_groups(axes, device_ids, grouped):
         ids = np.arange(np.prod(sizes))
     elif found := re.fullmatch(_IOTA, device_ids):
         ids = _iota(*found.groups())
+    elif found := re.fullmatch(_TURNED, device_ids):
+        ids = np.arange(_numbers(found[1]).prod()).reshape(_numbers(found[1]))
+        ids = ids.transpose(_numbers(found[2]))
     else:  # "[2,2]0,2,1,3"
         ids = _numbers(device_ids.rpartition("]")[2])
     # Every axis in parts: those that groups run over, and those before, between and behind them.

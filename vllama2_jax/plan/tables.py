@@ -29,7 +29,8 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
     if plan.sent is None:
         return
-    console.print(_collectives(plan))
+    if plan.sent.collectives:
+        console.print(_collectives(plan))
     if plan.sent.kernels:
         kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
         console.print(f"Kernels of a step: {kernels}", highlight=False)
@@ -76,7 +77,8 @@ def show_serving(plan: ServingPlan, console: Console) -> None:
         console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
     if plan.sent is None:
         return
-    console.print(_collectives(plan))
+    if plan.sent.collectives:
+        console.print(_collectives(plan))
     if roof:
         of_training = [s for s in assumptions(plan.topology) if s.startswith("Memory:")]
         for sentence in (*OF_SERVING, *assumptions(plan.topology)):
@@ -178,7 +180,9 @@ def _summary(plan: Plan) -> Table:
 
 
 def _place(plan: Plan | ServingPlan) -> str:
-    return f"{plan.topology.name}, {plan.topology.num_chips} chips; {axes_in_words(plan.mesh)}"
+    chips = plan.topology.num_chips
+    count = f"{chips} chips" if chips > 1 else "1 chip"
+    return f"{plan.topology.name}, {count}; {axes_in_words(plan.mesh)}"
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
