@@ -1,9 +1,10 @@
 """Plans of the published models on pods: does it fit, how much memory, how long is a step.
 
-    python benchmarks/pods.py [--kept runs/pods.jsonl] [--only 8x7B] [--table]
+    python benchmarks/pods.py [--kept runs/pods.jsonl] [--only 8x7B] [--table] [--estimate]
 
 Compiles about forty steps, minutes each, and keeps what each said in a file, from which an
-interrupted run goes on. Needs `make env EXTRAS=tpu`, and no TPU.
+interrupted run goes on; `--estimate` says by formulas what has not been compiled, and keeps it not.
+Needs `make env EXTRAS=tpu`, and no TPU.
 
 Three tables. Of every model, step of the recipe and slice: the recipe's batch, on the first mesh of
 `vllama2 plan --search` that fits. Of the language model of 8x7B alone: beside what MaxText took. Of
@@ -72,7 +73,7 @@ def cells() -> list[Cell]:
     return found
 
 
-def planned(cell: Cell, console: Console) -> dict:
+def planned(cell: Cell, console: Console, compiling: bool = True) -> dict:
     """The plan of a cell as JSON, and its mesh and batch in words."""
     shortcuts = Shortcuts(model=cell.model, batch=cell.rows)
     config = build(resolve([f"config:{cell.recipe}"], shortcuts))
@@ -81,7 +82,7 @@ def planned(cell: Cell, console: Console) -> dict:
         found = plan(config, where)
     else:
         tell = lambda text: console.print(f"  {text}", highlight=False)  # noqa: E731
-        found = search(config, where, most=1, told=tell)[0]
+        found = search(config, where, most=int(compiling), told=tell)[0]
     return {**found.to_json(), "in_words": mesh_and_batch(found)}
 
 
@@ -168,6 +169,9 @@ def main():
     parser.add_argument("--kept", default="runs/pods.jsonl", help="where results are kept")
     parser.add_argument("--only", default="", help="cells whose key holds this")
     parser.add_argument("--table", action="store_true", help="compile nothing, show what is kept")
+    parser.add_argument(
+        "--estimate", action="store_true", help="formulas for what is not compiled yet"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables as a page has them")
     options = parser.parse_args()
     kept, console = Path(options.kept), Console(width=200)
@@ -187,6 +191,10 @@ def main():
             continue
         with kept.open("a") as file:
             file.write(json.dumps({"key": cell.key, "plan": found[cell.key]}) + "\n")
+    if options.estimate:
+        for cell in cells():
+            if cell.kind == "pods" and cell.key not in found:
+                found[cell.key] = planned(cell, console, compiling=False)
     for table in (of_pods, of_the_decoder, of_scaling):
         if found:
             show(*table(found), console, options.markdown)
