@@ -25,15 +25,9 @@ _RANKED = 12  # plans that a table shows
 def show(plan: Plan, console: Console) -> None:
     """Print a plan, and everything that it takes for granted."""
     console.print(_summary(plan))
-    if plan.refusal:
-        console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
+    _show_program(plan, console)
     if plan.sent is None:
         return
-    if plan.sent.collectives:
-        console.print(_collectives(plan))
-    if plan.sent.kernels:
-        kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
-        console.print(f"Kernels of a step: {kernels}", highlight=False)
     if plan.roofline is None:
         console.print("No roofline: no peak is stated for these chips.")
         return
@@ -73,17 +67,25 @@ def show_serving(plan: ServingPlan, console: Console) -> None:
             ("all rows", f"{plan.tokens_per_second:,.0f} tokens/s {what}, by a model"),
         ]
     console.print(_two_columns(f"{plan.network.name}, {serving.program}", rows))
+    _show_program(plan, console)
+    if roof:
+        of_training = [s for s in assumptions(plan.topology) if s.startswith("Memory:")]
+        for sentence in (*OF_SERVING, *assumptions(plan.topology)):
+            if sentence not in of_training:
+                console.print(f"- {sentence}", highlight=False)
+
+
+def _show_program(plan: Plan | ServingPlan, console: Console) -> None:
+    """What the compiler made, or why it made nothing."""
     if plan.refusal:
         console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
     if plan.sent is None:
         return
     if plan.sent.collectives:
         console.print(_collectives(plan))
-    if roof:
-        of_training = [s for s in assumptions(plan.topology) if s.startswith("Memory:")]
-        for sentence in (*OF_SERVING, *assumptions(plan.topology)):
-            if sentence not in of_training:
-                console.print(f"- {sentence}", highlight=False)
+    if plan.sent.kernels:
+        kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
+        console.print(f"Kernels of a step: {kernels}", highlight=False)
 
 
 def show_ranked(plans: list[Plan], console: Console) -> None:
