@@ -7,6 +7,12 @@ from vllama2_jax.parallel.collectives import Collective
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.topology import Topology
 
+# Of `moved_bytes`, in words.
+TRAINING_TRAFFIC = (
+    "weights (written where they are gathered, read once per pass), whole gradients and saved "
+    "activations (written and read) and optimizer state (read and written)"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -86,8 +92,12 @@ def moved_bytes(
     return weights_read + weights_gathered + 2 * (gradients + state + saved)
 
 
-def assumptions(topology: Topology) -> list[str]:
+def assumptions(topology: Topology, traffic: str = TRAINING_TRAFFIC) -> list[str]:
     """What a roofline takes for granted, one sentence each.
+
+    Args:
+      topology: that it is of.
+      traffic: what was counted as moved between a chip and its memory, in words.
 
     Raises:
       ValueError: as `roofline` does.
@@ -97,10 +107,8 @@ def assumptions(topology: Topology) -> list[str]:
     sentences = [
         f"Compute: hardware FLOPs, with recomputation, at the datasheet's peak of {peak / 1e12:g} "
         "TFLOP/s (bfloat16) per chip, which no product reaches in practice.",
-        f"Memory: {chip.hbm_bandwidth / 1e9:,.0f} GB/s for weights (written where they are "
-        "gathered, read once per pass), whole gradients and saved activations (written and read) "
-        "and optimizer state (read and written); what passes between neighbouring operations is "
-        "free.",
+        f"Memory: {chip.hbm_bandwidth / 1e9:,.0f} GB/s for {traffic}; what passes between "
+        "neighbouring operations is free.",
         f"Links: {links}, {chip.link_bandwidth / 1e9:g} GB/s per link and direction.",
         "A collective sends (n - 1) / n of the gathered or scattered array, twice that for an "
         "all-reduce, without latency. Half of an all-to-all crosses the middle of the longest "

@@ -17,8 +17,12 @@ ASSUMED = (
     "FLOPs: products at the shape of the batch, causal attention halved, logits of a row's last "
     "slot. A new token sees a full cache. `hardware` has what few tokens multiply with experts "
     "that other tokens chose, and slots of the cache beyond a window.",
-    "Memory traffic: a chip's share of the weights (of experts, those that are chosen at most), "
-    "what is gathered of them (written and read), and its share of the cache.",
+)
+
+# Of `serving_bytes`, in words.
+TRAFFIC = (
+    "a chip's share of the weights (of experts, of those that are chosen at most), what is "
+    "gathered of them (written and read), and its share of the cache"
 )
 
 

@@ -12,6 +12,7 @@ from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.search import mesh_and_batch
 from vllama2_jax.plan.serving_result import ServingPlan
 from vllama2_jax.plan.serving_work import ASSUMED as OF_SERVING
+from vllama2_jax.plan.serving_work import TRAFFIC
 
 _CONVENTION = (
     "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
@@ -69,10 +70,8 @@ def show_serving(plan: ServingPlan, console: Console) -> None:
     console.print(_two_columns(f"{plan.network.name}, {serving.program}", rows))
     _show_program(plan, console)
     if roof:
-        of_training = [s for s in assumptions(plan.topology) if s.startswith("Memory:")]
-        for sentence in (*OF_SERVING, *assumptions(plan.topology)):
-            if sentence not in of_training:
-                console.print(f"- {sentence}", highlight=False)
+        for sentence in (*OF_SERVING, *assumptions(plan.topology, TRAFFIC)):
+            console.print(f"- {sentence}", highlight=False)
 
 
 def _show_program(plan: Plan | ServingPlan, console: Console) -> None:
