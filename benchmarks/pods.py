@@ -119,17 +119,16 @@ def of_pods(found: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
 
 def of_the_decoder(found: dict[str, dict]) -> tuple[str, list[str], list[list[str]]]:
     """The language model alone, beside MaxText."""
-    first = next(
-        found[cell.key] for cell in cells() if cell.kind == "decoder" and cell.key in found
-    )
-    memory = first["hbm_bytes_per_chip"]
-    ours = (
-        f"{first['compile_seconds']:.0f} s",
-        *(f"{gigabytes(memory[name])} GB" for name in ("arguments", "peak")),
-        f"{gigabytes(first['wire_bytes'])} GB",
-    )
-    names = ("compiled in", "arguments of a chip", "peak of a chip", "sent by a chip and step")
-    rows = [list(row) for row in zip(names, ours, MAXTEXT, strict=True)]
+    rows = []
+    if said := found.get(next(cell.key for cell in cells() if cell.kind == "decoder")):
+        memory = said["hbm_bytes_per_chip"]
+        ours = (
+            f"{said['compile_seconds']:.0f} s",
+            *(f"{gigabytes(memory[name])} GB" for name in ("arguments", "peak")),
+            f"{gigabytes(said['wire_bytes'])} GB",
+        )
+        names = ("compiled in", "arguments of a chip", "peak of a chip", "sent by a chip and step")
+        rows = [list(row) for row in zip(names, ours, MAXTEXT, strict=True)]
     return "8x7B's language model alone, 64 chips of v5p", ["", "ours", "MaxText"], rows
 
 
@@ -196,8 +195,9 @@ def main():
             if cell.kind == "pods" and cell.key not in found:
                 found[cell.key] = planned(cell, console, compiling=False)
     for table in (of_pods, of_the_decoder, of_scaling):
-        if found:
-            show(*table(found), console, options.markdown)
+        title, columns, rows = table(found)
+        if rows:
+            show(title, columns, rows, console, options.markdown)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ LATER = (
     "mixtral, data 2, fsdp 4",
     "mixtral, fsdp 4, sequence 2",
     "mixtral, fsdp 2, sequence 2, tensor 2",
+    "mixtral, fsdp 4, sequence 2, half the rows",
     "qwen2, data 2, fsdp 4",
     "qwen2, fsdp 4, tensor 2",
     "qwen2, fsdp 4, sequence 2",

@@ -180,9 +180,11 @@ class VLlama2(nn.Module):
 
         Where the mesh gives every device whole clips, each gathers the kernels and runs on its own:
         XLA, left to split the same program, takes three times as long to compile it for 64 TPUs and
-        sums gradients up whole (docs/decisions/gathering.md).
+        sums gradients up whole (docs/decisions/gathering.md). Where there are fewer clips than
+        devices, those that share rows do the same work.
         """
-        layout, clips = layout_in_force(), divisible("images", len(features))
+        layout, count = layout_in_force(), len(features)
+        clips = divisible("images", count) or divisible("clips", count)
         if layout is None or self.is_initializing() or clips is None:
             return self.connector(features)
         with using(None):
