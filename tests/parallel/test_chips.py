@@ -45,4 +45,4 @@ def test_a_device_without_a_stated_peak_has_none(kind, dtype):
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=str)
 def test_every_chip_that_one_may_plan_for_has_a_peak_but_the_cpu(chip):
-    assert (chip.peak_flops is None) == (chip.platform == "cpu")
+    assert (chip.peak_flops() is None) == (chip.platform == "cpu")

@@ -71,6 +71,8 @@ def test_what_spans_slices_is_gathered_within_and_between():
 def test_between_counterparts_goes_everything():
     one = collective("all-reduce", (0, 64), between_slices=True)
     assert placed("2xv5p-128").seconds(one) == pytest.approx((0, 2 / 2 / 6.25))
+    one = collective("collective-permute", (0, 64), between_slices=True)
+    assert placed("2xv5p-128").seconds(one) == pytest.approx((0, 1 / 6.25))
 
 
 def test_a_switch_serves_a_node_and_the_network_joins_nodes():

@@ -26,7 +26,7 @@ def of_seconds(compute, memory, collectives, name="v5p-128", again=0.0):
     return roofline(
         Placement.in_order(topology(name)),
         model_flops=compute * PEAK * chips,
-        hardware_flops=(compute + again) * PEAK * chips,
+        chip_flops=(compute + again) * PEAK,
         hbm_bytes=memory * MEMORY,
         collectives=collectives,
     )

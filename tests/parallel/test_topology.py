@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from vllama2_jax.parallel.topology import devices, topology
+from vllama2_jax.parallel.chips import CHIPS
+from vllama2_jax.parallel.topology import Topology, devices, topology
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
@@ -61,6 +62,9 @@ def test_a_torus_is_closed_in_whole_cubes_and_over_the_width_of_a_pod(name, ring
         ("v5p-100", "no default shape for v5p-100; known: v5p-8, .* or name it, v5p:4x4x4"),
         ("v5e:4x4x4", "v5e:4x4x4: a slice of v5e has 2 dimensions"),
         ("0xv5e-4", "a size of 0"),
+        ("v5p:3x5x7", "no such slice .*; there are 2x2x1, .*, 2x4x4, and multiples of 4x4x4"),
+        ("v5p:4x4x6", "no such slice of v5p"),
+        ("v5e:100x3", "no such slice of v5e can be had; there are 1x1, .*, 16x16$"),
         ("h100-8", r"h100-8: write it as h100:8 \(one node\) or h100:8x4"),
         ("cpu:2x4", "cpu:2x4: write it as cpu:8"),
     ],
@@ -88,7 +92,7 @@ def test_a_slice_that_cannot_be_is_libtpus_word_in_one_line():
     with pytest.raises(
         ValueError, match=r"libtpu knows no slice v5p:3x2x1: .*not divisible"
     ) as error:
-        devices(topology("v5p:3x2x1"))
+        devices(Topology(CHIPS["v5p"], (3, 2, 1)))
     assert "\n" not in str(error.value)
 
 

@@ -6,13 +6,15 @@ import pytest
 
 from tests.plan.conftest import config_of
 from vllama2_jax.models.zoo import model_config
-from vllama2_jax.parallel.mesh import MeshConfig
+from vllama2_jax.parallel.mesh import MeshConfig, abstract_layout
 from vllama2_jax.parallel.topology import topology
 from vllama2_jax.plan import search as searching
 from vllama2_jax.plan.estimate import estimate
 from vllama2_jax.plan.result import Memory
 from vllama2_jax.plan.search import candidates, mesh_and_batch, search
 from vllama2_jax.plan.stage import stage_of
+from vllama2_jax.plan.work import chip_flops, shares
+from vllama2_jax.train.flops import StepFlops
 
 # Mistral 7B and the connector, in numbers of their configurations; the tower is CLIP ViT-L/14-336,
 # of which the last of 24 blocks and the last norm do not run.
@@ -45,6 +47,65 @@ def test_tensor_parallelism_sends_sums_of_activations():
     expected = 5 * 32 * slots * 4096 * 2
     sums = [c for c in found.sent.collectives if c.axes == ("tensor",)]
     assert sum(c.bytes * c.count for c in sums) == pytest.approx(expected)
+
+
+def gathered(plan, *axes) -> float:
+    sent = [one for one in plan.sent.collectives if one.kind == "all-gather" and one.axes == axes]
+    return sum(one.bytes * one.count for one in sent)
+
+
+def test_experts_stay_where_they_lie_under_expert_parallelism():
+    config = config_of("decoder_only", mesh="fsdp+expert:expert=4,fsdp=16")
+    found = estimate(config, topology("v5p:4x4x4"))
+    # Two of the eight experts, for the forward and the backward pass, in bfloat16.
+    experts = 2 * 32 * 3 * 2 * 4096 * 14336 * 2
+    assert gathered(found, "fsdp") == pytest.approx(experts)
+    assert found.wire_bytes < estimate(config_of("decoder_only"), topology("v5p:4x4x4")).wire_bytes
+
+
+def test_layers_are_gathered_one_by_one():
+    found = estimate(config_of("video_sft", model="2-8x7B"), topology("v5p:4x4x4"))
+    largest = found.to_json()["largest_gather"]
+    assert largest == {"bytes": 8 * 4096 * 14336 * 2, "shape": "bfloat16[8,14336,4096]"}
+
+
+def test_what_every_chip_does_for_itself_takes_its_time_on_all_of_them():
+    # 128 clips on 256 chips that share rows two by two: each connector runs twice.
+    layout = abstract_layout(MeshConfig(sequence=2), 256)
+    divided = shares(layout, rows=128, frames=8, clips=1)
+    assert divided["connector"] == 128 and divided["vision"] == divided["decoder"] == 256
+    flops = StepFlops(1, 512 * 3, {"connector": 512, "decoder": 1024})
+    assert chip_flops(flops, divided) == 512 / 128 + 1024 / 256
+
+
+def test_micro_batches_read_weights_anew():
+    config = config_of("decoder_only")
+
+    def moved(parts):
+        changed = dataclasses.replace(config, micro_batches=parts)
+        return estimate(changed, topology("v5p:4x4x4")).roofline.hbm_seconds * 2.8e12
+
+    # Three passes read them and one writes and reads their gradients, and the two passes over
+    # layers write what they gather; bfloat16.
+    assert moved(2) - moved(1) == pytest.approx(2 * 46.7e9 * (3 + 2 + 2), rel=0.01)
+
+
+def test_what_is_kept_for_the_backward_pass_moves_also_where_the_decoder_is_frozen():
+    config = config_of("video_pretrain")
+    few, many = (
+        estimate(dataclasses.replace(config, rows=rows), topology("h100:8")) for rows in (256, 512)
+    )
+    slots = 256 / 8 * few.shape.length
+    moved = (many.roofline.hbm_seconds - few.roofline.hbm_seconds) * 3.35e12
+    assert moved == pytest.approx(2 * slots * 32 * 4096 * 2)
+
+
+def test_products_of_float32_take_their_own_peak():
+    config = config_of("video_sft")
+    narrow = estimate(config, topology("h100:8")).roofline.compute_seconds
+    wide = estimate(dataclasses.replace(config, dtype="float32"), topology("h100:8"))
+    assert wide.roofline.compute_seconds == pytest.approx(989.5 / 494.5 * narrow)
+    assert any("494.5 TFLOP/s (float32)" in sentence for sentence in wide.assumptions)
 
 
 def test_the_stage_is_the_papers_samples():

@@ -3,12 +3,17 @@
 import json
 
 import pytest
+from flax.traverse_util import flatten_dict
 
 from vllama2_jax.cli import main
+from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.models.zoo import model_config
 
 # As users' scripts read them.
 KEYS = {"fits", "chips", "compile_seconds", "hbm_bytes_per_chip", "model_flops_per_step"}
 KEYS |= {"hardware_flops_per_step", "collectives", "hlo", "roofline", "stage", "useful_fraction"}
+KEYS |= {"parameters", "assumptions", "published"}
+TINY_MODEL = model_config("tiny")
 TINY = ("plan", "--config=config:tiny_video_sft", "--model", "tiny")
 
 
@@ -43,6 +48,14 @@ def test_json_of_a_step_on_a_slice_has_every_part(libtpu, capsys, tmp_path):
     assert stage["hours"] == pytest.approx(100 * roof["step_seconds"] / 3600)
     assert stage["chip_hours"] == pytest.approx(4 * stage["hours"])
     assert found["hlo"] == str(hlo) and hlo.read_text().startswith("HloModule")
+    # Pictures are learnt from, with their tower frozen; what hears does not take part.
+    leaves = flatten_dict(abstract_params(TINY_MODEL), sep="/").items()
+    frozen = sum(leaf.size for path, leaf in leaves if path.startswith(("vision", "audio")))
+    everything = sum(leaf.size for _, leaf in leaves)
+    assert found["parameters"] == {"total": everything, "trainable": everything - frozen}
+    assert any("causal attention halved" in sentence for sentence in found["assumptions"])
+    measured = {row["name"]: row["measured"] for row in found["published"]}
+    assert measured["Llama2-70B"] == 0.654
 
 
 def test_tensor_parallelism_is_planned_by_its_own_axis(libtpu, capsys):
@@ -68,6 +81,7 @@ def test_without_a_gpu_formulas_answer_and_say_so(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "everything here is estimated by formulas" in text
     assert "Nothing was compiled." in text
+    assert "causal attention halved" in text and "beside MaxText's measured utilisation" in text
 
 
 def test_a_search_shows_plans_best_first(capsys):
@@ -88,6 +102,10 @@ def test_a_search_shows_plans_best_first(capsys):
         (("--topology", "h100:8", "--batch", "12"), "make --batch a multiple of them"),
         (("--topology", "h100:8", "--search", "0"), "--search 0 must be at least 1"),
         (("--topology", "h100:8", "--search", "--save-hlo", "x"), "--save-hlo keeps the one"),
+        (("--topology", "h100:8", "--save-hlo", "x"), "nothing can be compiled for h100:8 here"),
+        (("--topology", "h100:8", "--save-hlo", "/nowhere/x"), "no such folder"),
+        (("--topology", "v5p:4x4x6", "--estimate"), "no such slice of v5p can be had"),
+        (("--topology", "h100:8", "--mesh", "tensor=4,fsdp=-1"), "splits nothing over tensor"),
         (("--topology", "2xv5p-128", "--estimate"), "as in --mesh dcn_data=2"),
         (("--topology", "h100:8", "--model", "tiny", "--data", "/nowhere.json"), "/nowhere.json"),
     ],

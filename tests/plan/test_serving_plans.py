@@ -11,6 +11,7 @@ from vllama2_jax.models.zoo import model_config
 from vllama2_jax.parallel.mesh import abstract_layout, parse_mesh
 from vllama2_jax.parallel.topology import topology
 from vllama2_jax.plan.serving import PROGRAMS, plan_serving, serving_of
+from vllama2_jax.plan.serving_estimate import estimate_serving
 from vllama2_jax.plan.serving_work import serving_flops
 
 ROWS, NEW = 4, 300
@@ -103,9 +104,31 @@ def test_few_tokens_meet_every_chosen_expert():
     assert found.hardware - found.model == 2 * experts * (4 - c.top_k)
 
 
-def test_without_such_gpus_the_reason_is_one_line(capsys):
-    assert main(["plan", "--of", "decode", "--model", "tiny", "--topology", "h100:8"]) == 2
-    assert "no such GPUs are here" in capsys.readouterr().err
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_formulas_come_near_a_compiled_program(plans, program):
+    compiled = plans[program]
+    mesh = parse_mesh("2d:fsdp=2,tensor=2")
+    found = estimate_serving(TINY, compiled.serving, mesh, compiled.topology)
+    assert found.estimated and found.compile_seconds is None
+    assert found.memory.arguments == pytest.approx(compiled.memory.arguments, rel=0.15)  # padded
+    assert found.memory.peak == pytest.approx(compiled.memory.peak, rel=0.4)
+    assert found.roofline.hbm_seconds == pytest.approx(compiled.roofline.hbm_seconds, rel=0.02)
+    # The compiler adds what is read of the embedding, norms and the like.
+    assert 0.4 < found.wire_bytes / compiled.wire_bytes <= 1.1
+
+
+def test_without_such_gpus_formulas_answer_and_say_so(capsys):
+    arguments = ["plan", "--of", "decode", "--model", "2-7B", "--topology", "h100:2"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["estimated"] is True and found["compile_seconds"] is None
+    # Every weight of the decoder but its embedding, and the cache, once per token.
+    c = model_config("2-7B").decoder
+    cache = 2 * 2 * c.num_layers * 8 * c.num_kv_heads * c.head_dim * (1024 + 256)
+    read = (weight_bytes(c) + cache) / 2
+    assert found["roofline"]["hbm_seconds"] == pytest.approx(read / 3.35e12, rel=0.01)
+    assert main(arguments) == 0
+    assert "estimated by formulas" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_of_an_answer_has_the_keys_of_a_step(libtpu, capsys, tmp_path):
@@ -134,7 +157,7 @@ def test_what_does_not_fit_ends_with_1(libtpu, capsys):
     [
         (("--of", "decode", "--data", "x.json"), "--data is of training"),
         (("--of", "decode", "--search"), "--search is of training"),
-        (("--of", "decode", "--published"), "--published is of training"),
+        (("--of", "decode", "--model", ""), "--of decode needs --model"),
         (("--of", "decode", "--batch", "0"), "--batch 0 must be at least 1"),
         (("--new", "8"), "--new is of answers"),
         (("--of", "decode", "--mesh", "fsdp+tensor:tensor=3,fsdp=1"), "does not fit 4"),

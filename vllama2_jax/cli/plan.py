@@ -1,9 +1,10 @@
 """`vllama2 plan`."""
 
+import dataclasses
 import json
 import math
-import os
 import sys
+from pathlib import Path
 
 
 def add_plan(command) -> None:
@@ -68,51 +69,54 @@ def add_plan(command) -> None:
         help="keep the step's programs for `vllama2 train --programs DIR`; needs the data",
     )
     plan.add_argument("--save-hlo", metavar="FILE", help="keep the compiled program's text")
-    plan.add_argument(
-        "--published", action="store_true", help="also show the roofline beside measured runs"
-    )
 
 
 def _plan(options) -> int:
     _check(options)
-    from vllama2_jax.parallel.topology import topology
-
-    wanted = topology(options.topology)
-    if wanted.platform == "tpu":  # which are described, not used; without, libtpu looks for one
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from rich.console import Console
 
+    from vllama2_jax.parallel.topology import topology
     from vllama2_jax.plan.tables import show, show_published, show_ranked, show_serving
 
+    wanted = topology(options.topology)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if options.of != "train":
         found = _serving_plan(options, wanted)
         if options.json:
             print(json.dumps(found.to_json(), indent=1))
         else:
-            show_serving(found, Console(width=None if sys.stdout.isatty() else 120))
+            show_serving(found, console)
         return 0 if found.fits else 1
     ranked = _plans(options, wanted)
     if options.json:
-        found = [plan.to_json() for plan in ranked]
-        print(json.dumps({"plans": found} if options.search else found[0], indent=1))
+        print(json.dumps(_as_json(ranked, bool(options.search)), indent=1))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 120)
         if options.search:
             show_ranked(ranked, console)
         show(ranked[0], console)
-        if options.published:
+        if ranked[0].roofline:
             show_published(console)
     return 0 if ranked[0].fits else 1
 
 
-_OF_TRAINING = ("data", "media_root", "steps", "config", "search", "estimate", "save_programs")
-_OF_TRAINING += ("published",)
+def _as_json(ranked, searched: bool) -> dict:
+    """One plan, or {"plans": [...]}; with the roofline beside measured runs."""
+    from vllama2_jax.parallel.published import published_rows
+
+    said = [plan.to_json() for plan in ranked]
+    rows = [dataclasses.asdict(row) for row in published_rows()]
+    return ({"plans": said} if searched else said[0]) | {"published": rows}
+
+
+_OF_TRAINING = ("data", "media_root", "steps", "config", "search", "save_programs")
 
 
 def _check(options) -> None:
     """Refuse options that cannot be meant."""
     if options.of == "train" and options.new is not None:
         raise ValueError("--new is of answers; say --of prefill or --of decode")
+    if options.of != "train" and not options.model:
+        raise ValueError(f"--of {options.of} needs --model: which model is to answer")
     strange = [name for name in _OF_TRAINING if getattr(options, name)]
     if options.of != "train" and strange:
         raise ValueError(f"--{strange[0].replace('_', '-')} is of training; leave out --of")
@@ -122,6 +126,8 @@ def _check(options) -> None:
             raise ValueError(f"--{name} {value} must be at least 1")
     if options.save_hlo and (options.search or options.estimate or options.save_programs):
         raise ValueError("--save-hlo keeps the one program that is compiled; leave out the others")
+    if options.save_hlo and not Path(options.save_hlo).absolute().parent.is_dir():
+        raise ValueError(f"--save-hlo {options.save_hlo}: no such folder; make it first")
     if options.save_programs and (options.search or options.estimate or options.length):
         raise ValueError(
             "--save-programs compiles all programs of one run; leave out --search, --estimate and "
@@ -135,15 +141,18 @@ def _serving_plan(options, wanted):
     from vllama2_jax.parallel.mesh import parse_mesh
     from vllama2_jax.plan.program import network_of
     from vllama2_jax.plan.serving import plan_serving, serving_of
+    from vllama2_jax.plan.serving_estimate import estimate_serving
     from vllama2_jax.train.config import StartConfig
 
-    network = network_of(StartConfig(options.model or "tiny"))
+    network = network_of(StartConfig(options.model))
     rows = 8 if options.batch is None else options.batch
     new_tokens = 256 if options.new is None else options.new
     serving = serving_of(network, options.of, rows, options.length, new_tokens)
     # As many parts as there are heads of keys to share; the rest splits the other way.
     heads = math.gcd(network.decoder.num_kv_heads, wanted.chips_per_slice)
     mesh = parse_mesh(options.mesh or f"2d:tensor={heads},fsdp=-1")
+    if not _compiles(options, wanted):
+        return estimate_serving(network, serving, mesh, wanted)
     _say(f"compiling {options.of} of {network.name} for {wanted.name}")
     return plan_serving(network, serving, mesh, wanted, save_hlo=options.save_hlo)
 
@@ -154,7 +163,7 @@ def _plans(options, wanted) -> list:
     from vllama2_jax.configs.parse import build
     from vllama2_jax.configs.shortcuts import Shortcuts, resolve
     from vllama2_jax.plan.estimate import estimate
-    from vllama2_jax.plan.planning import can_compile, plan, save_programs
+    from vllama2_jax.plan.planning import plan, save_programs
     from vllama2_jax.plan.records import records_of
     from vllama2_jax.plan.search import search
 
@@ -163,7 +172,7 @@ def _plans(options, wanted) -> list:
     config = build(resolve(options.config, shortcuts))
     # Records first: what is wrong with them is seen sooner than anything is compiled.
     known = records_of(config) if options.data or options.save_programs else None
-    compiling = not options.estimate and can_compile(wanted)
+    compiling = _compiles(options, wanted)
     if options.save_programs:
         if not compiling:
             raise ValueError(f"{wanted.name}: nothing can be compiled for it here")
@@ -186,6 +195,20 @@ def _plans(options, wanted) -> list:
     else:
         found = [estimate(config, wanted, length=options.length, records=known)]
     return [plan.told(known) for plan in found] if known else found
+
+
+def _compiles(options, wanted) -> bool:
+    """Whether a program is compiled, as asked, or formulas stand in for it, since nothing can."""
+    from vllama2_jax.plan.planning import can_compile
+
+    if options.estimate or not can_compile(wanted):
+        if options.save_hlo:
+            raise ValueError(
+                f"--save-hlo: nothing can be compiled for {wanted.name} here; plan where such "
+                "devices are, or leave it out"
+            )
+        return False
+    return True
 
 
 def _say(text: str) -> None:

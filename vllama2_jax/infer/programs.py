@@ -11,6 +11,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from vllama2_jax.infer.sampling import Sampler, choose
 from vllama2_jax.models.axes import Layout, constrain, using
@@ -79,7 +80,7 @@ class Programs:
         self.config, self.dtype, self.layout = config, dtype, layout
         self._caches: dict[tuple[int, int], Callable] = {}
         backends = {}
-        if layout:
+        if layout and not isinstance(layout.mesh, AbstractMesh):
             there = layout.mesh.devices
             backends = dict(
                 attention_backend=attention_backend(there), moe_backend=moe_backend(there)

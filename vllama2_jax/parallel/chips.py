@@ -86,10 +86,17 @@ class Chip:
     dcn_bandwidth: float = 0.0
     cores: int = 1
 
-    @property
-    def peak_flops(self) -> float | None:
-        """FLOP/s of bfloat16 products; None of a CPU."""
-        return peak_flops(self.device_kind, jnp.bfloat16)
+    def peak_flops(self, dtype: str = "bfloat16") -> float | None:
+        """FLOP/s of products of such numbers; None of a CPU."""
+        return peak_flops(self.device_kind, dtype)
+
+
+# Of a GPU's memory, what JAX is given by launch/flags/gpu.env. Without, it takes three quarters.
+GPU_FRACTION = 0.9
+
+
+def _of_gpu(gigabytes: int) -> int:
+    return round(gigabytes * 1e9 * GPU_FRACTION)
 
 
 # TPU, where not said otherwise: the tables of "How to Scale Your Model" (jax-ml.github.io/
@@ -100,8 +107,8 @@ class Chip:
 # documentation); v4 25 GB/s per host of 4 chips (the scaling book).
 #
 # GPU: NVIDIA's datasheets (memory and its bandwidth, NVLink both ways by two), and one adapter of
-# InfiniBand per card as in DGX A100 (200 Gbps), DGX H100 and H200 (400 Gbps). All of the memory,
-# of which JAX takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# InfiniBand per card as in DGX A100 (200 Gbps), DGX H100 and H200 (400 Gbps). Of the memory,
+# `GPU_FRACTION`.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -110,9 +117,9 @@ CHIPS = {
         Chip("v5p", "tpu", "TPU v5", round(95.74 * 2**30), 2.8e12, 9e10, 3, 6.25e9, cores=2),
         Chip("v5e", "tpu", "TPU v5 lite", round(15.75 * 2**30), 8.1e11, 4.5e10, 2, 3.125e9),
         Chip("v6e", "tpu", "TPU v6 lite", round(31.25 * 2**30), 1.6e12, 9e10, 2, 12.5e9),
-        Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", 80_000_000_000, 2.039e12, 3e11, 0, 25e9),
-        Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", 80_000_000_000, 3.35e12, 4.5e11, 0, 50e9),
-        Chip("h200", "gpu", "NVIDIA H200", 141_000_000_000, 4.8e12, 4.5e11, 0, 50e9),
+        Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", _of_gpu(80), 2.039e12, 3e11, 0, 25e9),
+        Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", _of_gpu(80), 3.35e12, 4.5e11, 0, 50e9),
+        Chip("h200", "gpu", "NVIDIA H200", _of_gpu(141), 4.8e12, 4.5e11, 0, 50e9),
         Chip("cpu", "cpu", "cpu"),
     )
 }

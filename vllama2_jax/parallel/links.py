@@ -48,7 +48,10 @@ class Placement:
         within = places[places[:, 0] == places[0, 0]][:, 1:]
         n, size = len(within), collective.bytes * collective.count
         if kind == "collective-permute":
-            return size / chip.link_bandwidth, 0.0
+            between = slices > 1
+            return (
+                (0.0, size / chip.dcn_bandwidth) if between else (size / chip.link_bandwidth, 0.0)
+            )
         if kind in ("all-to-all", "ragged-all-to-all"):
             return size * self._exchange(within), size * (1 - 1 / slices) / chip.dcn_bandwidth
         whole = size * len(places) if kind == "reduce-scatter" else size

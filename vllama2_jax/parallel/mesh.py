@@ -50,7 +50,8 @@ class MeshConfig:
         for axis, size in least.items():
             if size < 1 and (size != _REST or axis not in parts):
                 raise ValueError(f"mesh.{axis} {size} must be at least 1")
-        split = {axis for axes in self.table().values() for axis in axes}
+        # Towers split their images over all axes; the model behind them is what counts.
+        split = {axis for name, axes in self.table().items() if name != "images" for axis in axes}
         idle = [axis for axis, size in parts.items() if size != 1 and axis not in split]
         if idle:
             raise ValueError(

@@ -169,7 +169,7 @@ def _published(row: _Row) -> Published:
     weights = 2 * _parameters(c)
     common = dict(
         model_flops=3 * forward,
-        hardware_flops=3 * forward + recomputed,
+        chip_flops=(3 * forward + recomputed) / n,
         hbm_bytes=moved_bytes(
             weights_read=3 * weights,  # forward; gradients of inputs, and what is computed again
             weights_gathered=2 * weights,

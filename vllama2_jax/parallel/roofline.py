@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
+from vllama2_jax.parallel.chips import GPU_FRACTION
 from vllama2_jax.parallel.collectives import Collective
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.topology import Topology
@@ -19,7 +20,7 @@ class Roofline:
     """A step's times in seconds, and what they imply.
 
     Attributes:
-      compute_seconds: hardware FLOPs at the peak.
+      compute_seconds: a chip's hardware FLOPs at the peak.
       hbm_seconds: bytes moved at the memory's bandwidth.
       ici_seconds: collectives within slices (or nodes).
       dcn_seconds: collectives between slices.
@@ -41,25 +42,27 @@ def roofline(
     placement: Placement,
     *,
     model_flops: float,
-    hardware_flops: float,
+    chip_flops: float,
     hbm_bytes: float,
     collectives: Iterable[Collective],
+    dtype: str = "bfloat16",
 ) -> Roofline:
     """A step's roofline.
 
     Args:
       placement: of the mesh on its chips.
       model_flops: of a step, of all chips together.
-      hardware_flops: the same with what is computed again.
+      chip_flops: of each chip: its share, what it computes again, and what others compute too.
       hbm_bytes: of a step and chip, see `moved_bytes`.
       collectives: of a step.
+      dtype: of products.
 
     Raises:
       ValueError: for chips without a stated peak, such as simulated ones.
     """
     topology = placement.topology
-    chip, peak = topology.chip, _peak(topology)
-    compute = hardware_flops / topology.num_chips / peak
+    chip, peak = topology.chip, _peak(topology, dtype)
+    compute = chip_flops / peak
     memory = hbm_bytes / chip.hbm_bandwidth
     times = [(one.overlapped, *placement.seconds(one)) for one in collectives]
     ici, dcn = (sum(time[index] for time in times) for index in (1, 2))
@@ -71,10 +74,11 @@ def roofline(
     return Roofline(compute, memory, ici, dcn, exposed, step, utilisation)
 
 
-def _peak(topology):
-    if topology.chip.peak_flops is None:
+def _peak(topology, dtype):
+    peak = topology.chip.peak_flops(dtype)
+    if peak is None:
         raise ValueError(f"{topology.name}: no peak is stated for a {topology.chip.name}")
-    return topology.chip.peak_flops
+    return peak
 
 
 def moved_bytes(
@@ -92,21 +96,25 @@ def moved_bytes(
     return weights_read + weights_gathered + 2 * (gradients + state + saved)
 
 
-def assumptions(topology: Topology, traffic: str = TRAINING_TRAFFIC) -> list[str]:
+def assumptions(
+    topology: Topology, traffic: str = TRAINING_TRAFFIC, dtype: str = "bfloat16"
+) -> list[str]:
     """What a roofline takes for granted, one sentence each.
 
     Args:
       topology: that it is of.
       traffic: what was counted as moved between a chip and its memory, in words.
+      dtype: of products.
 
     Raises:
       ValueError: as `roofline` does.
     """
-    chip, peak = topology.chip, _peak(topology)
+    chip, peak = topology.chip, _peak(topology, dtype)
     links = {0: "a switch", 2: "a 2-D torus", 3: "a 3-D torus"}[chip.dimensions]
     sentences = [
-        f"Compute: hardware FLOPs, with recomputation, at the datasheet's peak of {peak / 1e12:g} "
-        "TFLOP/s (bfloat16) per chip, which no product reaches in practice.",
+        "Compute: a chip's hardware FLOPs, with recomputation and with what other chips compute "
+        f"too, at the datasheet's peak of {peak / 1e12:g} TFLOP/s ({dtype}), which no product "
+        "reaches in practice.",
         f"Memory: {chip.hbm_bandwidth / 1e9:,.0f} GB/s for {traffic}; what passes between "
         "neighbouring operations is free.",
         f"Links: {links}, {chip.link_bandwidth / 1e9:g} GB/s per link and direction.",
@@ -119,6 +127,11 @@ def assumptions(topology: Topology, traffic: str = TRAINING_TRAFFIC) -> list[str
             f"{sum(topology.rings)} of {len(topology.shape)} dimensions of {topology.name} are "
             "rings, where a chip receives over two links; along the others it receives over one. A "
             "group uses the links of all dimensions that it spans."
+        )
+    if topology.platform == "gpu":
+        sentences.append(
+            f"Of the card's memory, {GPU_FRACTION:.0%}, as launch/flags/gpu.env sets; JAX takes "
+            "75% unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."
         )
     if topology.num_slices > 1:
         sentences.append(

@@ -120,6 +120,14 @@ def _tpu_shape(name, chip, number, sizes):
     if sizes:
         if len(sizes) != chip.dimensions:
             raise ValueError(f"{name}: a slice of {chip.name} has {chip.dimensions} dimensions")
+        cubes = chip.dimensions == 3 and not any(size % 4 for size in sizes)
+        if not cubes and tuple(sorted(sizes)) not in map(tuple, map(sorted, _SHAPES[len(sizes)])):
+            small = [shape for shape in _SHAPES[len(sizes)] if chip.dimensions == 2 or 2 in shape]
+            known = ", ".join("x".join(map(str, shape)) for shape in small)
+            beyond = ", and multiples of 4x4x4" if chip.dimensions == 3 else ""
+            raise ValueError(
+                f"{name}: no such slice of {chip.name} can be had; there are {known}{beyond}"
+            )
         return sizes
     known = {math.prod(shape) * chip.cores: shape for shape in _SHAPES[chip.dimensions]}
     if number not in known:

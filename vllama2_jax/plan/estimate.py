@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
-import numpy as np
 
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import DecoderConfig, VLlama2Config
@@ -27,24 +26,20 @@ from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.stage import largest_batch, stage_or_none
 from vllama2_jax.plan.work import (
+    assumed,
     bytes_here,
     flops_of,
+    is_expert,
     learning_parts,
+    parameters_of,
     roofline_of,
     runs,
+    saved_width,
     slots_of,
     width_of,
 )
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.run_step import check_rows
-
-ASSUMED = (
-    "Nothing was compiled. Arguments are exact; temporaries are the sum of gradients, a copy of "
-    "what trains in the dtype of products, saved inputs of layers, a layer's gathered weights and "
-    "its activations, the head with its logits, and the towers' activations.",
-    "Layers' weights are gathered for the forward and the backward pass, hidden behind products; "
-    "their gradients are scattered, and sums of activations made, with nothing to hide them.",
-)
 
 
 def estimate(
@@ -79,7 +74,10 @@ def estimate(
         network=network,
         shape=shape,
         topology=topology,
+        layout=config.mesh.layout,
         mesh=dict(layout.mesh.shape),
+        parameters=parameters_of(network, arguments.state.trainable),
+        dtype=config.dtype,
         memory=Memory(
             bytes_here(arguments[:3]), round(sum(step.temporaries())), topology.chip.hbm_bytes
         ),
@@ -125,9 +123,7 @@ class _Step:
         c = self.network.decoder
         if not self.learning:
             return 0
-        kept = {"full": c.width, "dots": 6 * c.width + 2 * c.mlp_dim, "none": 10 * c.width}
-        kept["none"] += 4 * c.mlp_dim * max(1, c.top_k)
-        saved = self.slots * c.num_layers * kept[self.config.remat] * self.width
+        saved = self.slots * saved_width(c, self.config.remat) * self.width
         parts = self.layout.size("mlp")
         rows = self.slots * (c.top_k if c.num_experts else 1)
         within = rows * (6 * c.mlp_dim / parts + 3 * c.width) + self.slots * 8 * c.width
@@ -140,9 +136,8 @@ class _Step:
         whole = c.width * c.vocab_size / self.layout.size("vocab")
         chunk = min(self.config.loss.chunk or self.shape.length, self.shape.length)
         logits = self.slots / self.shape.length * chunk * c.vocab_size / self.layout.size("vocab")
-        gradient = (
-            4 if "decoder" in self.learning else 0
-        )  # which adds up in float32, chunk by chunk
+        # Its gradient adds up in float32, chunk by chunk.
+        gradient = 4 if "decoder" in self.learning else 0
         return whole * (4 + gradient + self.width) + logits * (4 + self.width)
 
     def _towers(self) -> float:
@@ -183,17 +178,26 @@ class _Step:
 
     def _of_parameter(self, path, part, leaf) -> Iterator[Collective]:
         taken = {*self.layout.axes("batch"), *self.layout.axes("length")}
+        if is_expert(path):  # which stay where they lie
+            taken -= {*self.layout.axes("expert")}
         axes = tuple(a for a in _axes_of(leaf) if a in taken and self.layout.mesh.shape[a] > 1)
         kept = math.prod(
             self.layout.mesh.shape[axis] for axis in _axes_of(leaf) if axis not in taken
         )
-        whole, times = leaf.size * _width(leaf, self.width) / kept, self.config.micro_batches
+        layers, shape = (1, leaf.shape)
+        if "/layers/" in path or "/blocks/" in path:  # which are gathered one by one
+            layers, shape = leaf.shape[0], leaf.shape[1:]
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)  # others are a quantised kernel's codes
+        dtype = jnp.dtype(self.config.dtype) if floating else leaf.dtype
+        whole = math.prod(shape) * dtype.itemsize / kept
+        times = self.config.micro_batches * layers
         trains = path in self.arguments.state.trainable
         through = trains or (part == "decoder" and self.learning)
         layered = "/layers/" in path
         passes = 2 if through and layered and self.config.remat == "full" else 1
         if axes:
-            yield self._collective("all-gather", axes, whole, passes * times, hidden=True)
+            name = f"{dtype.name}[{','.join(map(str, shape))}]"
+            yield self._collective("all-gather", axes, whole, passes * times, True, name)
             if trains:
                 parts = math.prod(self.layout.mesh.shape[axis] for axis in axes)
                 yield self._collective("reduce-scatter", axes, whole / parts, times)
@@ -224,16 +228,8 @@ class _Step:
             passes = 1 + again + backward
             yield self._collective("all-gather", self.layout.axes("length"), keys, passes * turns)
 
-    def _collective(self, kind, axes, size, count, hidden=False) -> Collective:
-        ordered = tuple(axis for axis in self.layout.mesh.axis_names if axis in axes)
-        return Collective(
-            kind=kind,
-            axes=ordered,
-            bytes=round(size),
-            count=count,
-            group=_first_group(self.layout, ordered),
-            overlapped=hidden,
-        )
+    def _collective(self, kind, axes, size, count, hidden=False, shape="") -> Collective:
+        return assumed(self.layout, kind, axes, size, count, hidden, shape)
 
 
 def _layer_params(c: DecoderConfig) -> dict[str, int]:
@@ -243,19 +239,6 @@ def _layer_params(c: DecoderConfig) -> dict[str, int]:
     return {"attention": c.width * heads, "gate": mlp, "up": mlp, "down": mlp}
 
 
-def _width(leaf, width: int) -> int:
-    """Bytes of a number that is sent: of products, or of a quantised kernel's codes."""
-    return width if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype.itemsize
-
-
 def _axes_of(leaf) -> Iterable[str]:
     for entry in leaf.sharding.spec:
         yield from (entry,) if isinstance(entry, str) else entry or ()
-
-
-def _first_group(layout: Layout, axes: tuple[str, ...]) -> tuple[int, ...]:
-    """Devices that differ in these axes alone, numbered along the mesh, from device 0 on."""
-    sizes = layout.mesh.shape
-    numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    index = tuple(slice(None) if axis in axes else 0 for axis in sizes)
-    return tuple(numbers[index].ravel().tolist())

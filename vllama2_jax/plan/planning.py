@@ -24,7 +24,7 @@ from vllama2_jax.plan.program import (
 from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.result import Memory, Plan
 from vllama2_jax.plan.stage import largest_batch, stage_or_none
-from vllama2_jax.plan.work import bytes_here, flops_of, roofline_of
+from vllama2_jax.plan.work import bytes_here, flops_of, parameters_of, roofline_of
 from vllama2_jax.train.config import TrainConfig
 
 _TOO_LARGE = "RESOURCE_EXHAUSTED: "
@@ -124,7 +124,10 @@ def _read_off(config, network, shape, topology, program: Program, text, hlo) -> 
         network=network,
         shape=shape,
         topology=topology,
+        layout=config.mesh.layout,
         mesh=dict(program.layout.mesh.shape),
+        parameters=parameters_of(network, program.arguments.state.trainable),
+        dtype=config.dtype,
         memory=memory_of(program.compiled, topology),
         flops=flops_of(config, network, shape, program.arguments),
         stage=stage_or_none(config),
@@ -144,7 +147,10 @@ def _refused(config, network: VLlama2Config, shape: Shape, topology, there, refu
         network=network,
         shape=shape,
         topology=topology,
+        layout=config.mesh.layout,
         mesh=dict(layout.mesh.shape),
+        parameters=parameters_of(network, arguments.state.trainable),
+        dtype=config.dtype,
         memory=Memory(bytes_here(arguments[:3]), None, topology.chip.hbm_bytes),
         flops=flops_of(config, network, shape, arguments),
         stage=stage_or_none(config),

@@ -1,11 +1,13 @@
 """What a plan says."""
 
 import dataclasses
+from typing import NamedTuple
 
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.parallel.collectives import Communication, largest_gather, totals
-from vllama2_jax.parallel.roofline import Roofline
+from vllama2_jax.parallel.roofline import Roofline, assumptions
 from vllama2_jax.parallel.topology import Topology
+from vllama2_jax.plan.assumptions import ESTIMATES, FLOPS
 from vllama2_jax.plan.program import Shape
 from vllama2_jax.plan.records import Records
 from vllama2_jax.plan.stage import Stage
@@ -47,38 +49,48 @@ class Memory:
         return {**dataclasses.asdict(self), "peak": self.peak}
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step takes on a topology.
+class Parameters(NamedTuple):
+    """How many numbers.
 
     Attributes:
-      config, network, shape, topology: what was asked for.
+      total: of the network.
+      trainable: that train, adapters too.
+    """
+
+    total: int
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramPlan:
+    """What one program takes on a topology; a step is one run of it.
+
+    Attributes:
+      network, topology, layout: what was asked for.
       mesh: sizes of its axes.
+      parameters: of the network.
       memory: of each chip.
       flops: of a step, on all chips.
-      stage: the whole run; None where its records are not known.
+      dtype: of products.
       compile_seconds: tracing and compiling; None where nothing was compiled to the end.
-      sent: collectives, and kernels of a compiled program; None where it does not fit.
+      sent: collectives of a step, and kernels of a compiled program; None where it does not fit.
       roofline: None likewise, and for chips without a stated peak.
-      useful_fraction: of the slots of a batch, those that hold a token or media; None where the
-        records are not here.
       refusal: the compiler's word on a program that does not fit.
       estimated: formulas stand in for a compiled program.
       hlo: where the program's text was kept.
     """
 
-    config: TrainConfig
     network: VLlama2Config
-    shape: Shape
     topology: Topology
+    layout: str
     mesh: dict[str, int]
+    parameters: Parameters
     memory: Memory
     flops: StepFlops
-    stage: Stage | None
+    dtype: str = "bfloat16"
     compile_seconds: float | None = None
     sent: Communication | None = None
     roofline: Roofline | None = None
-    useful_fraction: float | None = None
     refusal: str | None = None
     estimated: bool = False
     hlo: str | None = None
@@ -94,6 +106,73 @@ class Plan:
         return self.sent and self.sent.wire_bytes
 
     @property
+    def tokens_of_a_step(self) -> int:
+        """Of all rows; padding counts."""
+        raise NotImplementedError
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all chips together."""
+        return self.roofline and self.tokens_of_a_step / self.roofline.step_seconds
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What is taken for granted, one sentence each."""
+        raise NotImplementedError
+
+    def to_json(self) -> dict:
+        """The plan in plain JSON types."""
+        largest = self.sent and largest_gather(self.sent.collectives)
+        return {
+            "fits": self.fits,
+            "estimated": self.estimated,
+            "refusal": self.refusal,
+            "chips": self.topology.num_chips,
+            "topology": self.topology.name,
+            "model": self.network.name,
+            "parameters": self.parameters._asdict(),
+            "mesh": self.mesh,
+            "layout": self.layout,
+            "compile_seconds": self.compile_seconds,
+            "hbm_bytes_per_chip": self.memory.to_json(),
+            "model_flops_per_step": self.flops.model,
+            "hardware_flops_per_step": self.flops.hardware,
+            "collectives": [
+                total._asdict() for total in totals(self.sent.collectives if self.sent else ())
+            ],
+            "wire_bytes": self.wire_bytes,
+            "largest_gather": largest and {"bytes": largest.bytes, "shape": largest.shape},
+            "kernels": dict(self.sent.kernels if self.sent else {}),
+            "uncounted_loops": list(self.sent.uncounted_loops if self.sent else ()),
+            "hlo": self.hlo,
+            "roofline": self.roofline and dataclasses.asdict(self.roofline),
+            "tokens_per_second": self.tokens_per_second,
+            "assumptions": self.assumptions,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(ProgramPlan):
+    """What a training step takes on a topology.
+
+    Attributes:
+      config, shape: what was asked for.
+      stage: the whole run; None where its records are not known.
+      useful_fraction: of the slots of a batch, those that hold a token or media; None where the
+        records are not here.
+    """
+
+    config: TrainConfig
+    shape: Shape
+    stage: Stage | None
+    useful_fraction: float | None = None
+
+    @property
+    def tokens_of_a_step(self) -> int:
+        """Slots of its rows."""
+        return self.shape.rows * self.shape.length
+
+    @property
     def samples_per_second(self) -> float | None:
         """Rows; without packing, each is a sample."""
         return self.roofline and self.shape.rows / self.roofline.step_seconds
@@ -104,6 +183,12 @@ class Plan:
         if not (self.roofline and self.stage):
             return None
         return self.stage.steps * self.roofline.step_seconds / _HOUR
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What is taken for granted, one sentence each."""
+        of_roofline = assumptions(self.topology, dtype=self.dtype) if self.roofline else ()
+        return [*(ESTIMATES if self.estimated else ()), *FLOPS, *of_roofline]
 
     def told(self, records: Records) -> "Plan":
         """The same, knowing its run's own records."""
@@ -116,52 +201,16 @@ class Plan:
 
     def to_json(self) -> dict:
         """The plan in plain JSON types."""
-        roof, hours = self.roofline, self.hours
+        hours = self.hours
+        of_stage = self.stage and {
+            **self.stage._asdict(),
+            "hours": hours,
+            "chip_hours": hours and hours * self.topology.num_chips,
+        }
         return {
-            "fits": self.fits,
-            "estimated": self.estimated,
-            "refusal": self.refusal,
-            "chips": self.topology.num_chips,
-            "topology": self.topology.name,
-            "model": self.network.name,
-            "mesh": self.mesh,
-            "layout": self.config.mesh.layout,
+            **super().to_json(),
             "batch": dataclasses.asdict(self.shape),
             "micro_batches": self.config.micro_batches,
-            "compile_seconds": self.compile_seconds,
-            "hbm_bytes_per_chip": self.memory.to_json(),
-            "model_flops_per_step": self.flops.model,
-            "hardware_flops_per_step": self.flops.hardware,
-            **sent_to_json(self.sent),
-            "hlo": self.hlo,
-            "roofline": roof and dataclasses.asdict(roof),
-            "tokens_per_second": roof and self.shape.rows * self.shape.length / roof.step_seconds,
             "useful_fraction": self.useful_fraction,
-            "stage": self.stage
-            and {
-                **self.stage._asdict(),
-                "hours": hours,
-                "chip_hours": hours and hours * self.topology.num_chips,
-            },
+            "stage": of_stage,
         }
-
-
-def sent_to_json(sent: Communication | None) -> dict:
-    """What a program sends and calls, in plain JSON types."""
-    largest = sent and largest_gather(sent.collectives)
-    return {
-        "collectives": [
-            {
-                "kind": total.kind,
-                "axis": total.axis,
-                "bytes": total.bytes,
-                "count": total.count,
-                "wire_bytes": total.wire_bytes,
-                "overlapped_bytes": total.overlapped_bytes,
-            }
-            for total in totals(sent.collectives if sent else ())
-        ],
-        "wire_bytes": sent and sent.wire_bytes,
-        "largest_gather": largest and {"bytes": largest.bytes, "shape": largest.shape},
-        "kernels": dict(sent.kernels if sent else {}),
-    }

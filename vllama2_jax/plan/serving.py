@@ -1,5 +1,6 @@
 """What answering takes on devices that need not be here: a prompt's program, and a new token's."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -14,17 +15,18 @@ from vllama2_jax.infer.sampling import Sampler, Sampling
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import abstract_params
+from vllama2_jax.parallel.collectives import Communication
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
-from vllama2_jax.parallel.roofline import roofline
+from vllama2_jax.parallel.roofline import Roofline, roofline
 from vllama2_jax.parallel.sharding import param_shardings, whole
 from vllama2_jax.parallel.topology import Topology, devices
-from vllama2_jax.plan.planning import can_compile, memory_of, refusal_of, sent_by
+from vllama2_jax.plan.planning import memory_of, refusal_of, sent_by
 from vllama2_jax.plan.program import check_slices
 from vllama2_jax.plan.result import Memory
 from vllama2_jax.plan.serving_result import Serving, ServingPlan
 from vllama2_jax.plan.serving_work import serving_bytes, serving_flops
-from vllama2_jax.plan.work import bytes_here
+from vllama2_jax.plan.work import bytes_here, chip_flops, parameters_of, shares
 
 PROGRAMS = ("prefill", "decode")
 _TEXT = 128  # slots of a prompt beside its media, where nobody says how many
@@ -45,6 +47,81 @@ def serving_of(
     if length is None:
         length = network.num_media_tokens() + network.num_sound_tokens + _TEXT
     return Serving(program, rows, bucket(length), room_for(new_tokens))
+
+
+class Answering:
+    """A program of inference laid out over a mesh, and the shapes of all that it takes.
+
+    Attributes:
+      network, serving, topology, layout: what is planned.
+      programs: of inference.
+      params: {part: tree of shapes} that know where they lie.
+      cache: `KVCache` of such.
+      arguments: of the program.
+    """
+
+    def __init__(
+        self,
+        network: VLlama2Config,
+        serving: Serving,
+        topology: Topology,
+        layout: Layout,
+        dtype: str,
+    ):
+        """Of the same things that `plan_serving` takes."""
+        self.network, self.serving, self.topology = network, serving, topology
+        self.layout = layout
+        self.programs = Programs(network, jnp.dtype(dtype), layout=layout)
+        self.params = _abstract_params(network, layout, self.programs.dtype)
+        self.cache = self.programs.abstract_cache(serving.rows, serving.capacity)
+        self.arguments = (self.params, *_arguments(self.programs, serving, self.cache))
+
+    def compile(self) -> jax.stages.Compiled:
+        """The program, for the layout's devices."""
+        return getattr(self.programs, self.serving.program).lower(*self.arguments).compile()
+
+    def found(self, layout_name: str, memory: Memory, **found) -> ServingPlan:
+        """A plan of it.
+
+        Args:
+          layout_name: of the mesh's configuration.
+          memory: of the program; the towers' parameters, which it does not take, come on top.
+          **found: further fields of `ServingPlan`.
+        """
+        entries = (self.cache.keys, self.cache.values)
+        beside = bytes_here(self.params) - bytes_here(self.params["decoder"])
+        return ServingPlan(
+            serving=self.serving,
+            network=self.network,
+            topology=self.topology,
+            layout=layout_name,
+            mesh=dict(self.layout.mesh.shape),
+            parameters=parameters_of(self.network),
+            dtype=self.programs.dtype.name,
+            cache=(
+                bytes_here(entries),
+                sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(entries)),
+            ),
+            flops=serving_flops(self.network, self.serving, self.layout),
+            memory=dataclasses.replace(memory, arguments=memory.arguments + beside),
+            **found,
+        )
+
+    def roofline(self, placement: Placement, sent: Communication) -> Roofline | None:
+        """How long a run of the program takes; None on chips without a stated peak."""
+        network, serving, layout = self.network, self.serving, self.layout
+        dtype = self.programs.dtype.name
+        if self.topology.chip.peak_flops(dtype) is None:
+            return None
+        flops = serving_flops(network, serving, layout)
+        return roofline(
+            placement,
+            model_flops=flops.model,
+            chip_flops=chip_flops(flops, shares(layout, serving.rows)),
+            hbm_bytes=serving_bytes(network, serving, layout, self.params, self.cache, sent),
+            collectives=sent.collectives,
+            dtype=dtype,
+        )
 
 
 def plan_serving(
@@ -70,52 +147,24 @@ def plan_serving(
       ValueError: if mesh and devices do not fit, or nothing can compile for them.
     """
     check_slices(mesh, topology)
-    if not can_compile(topology):
-        raise ValueError(
-            f"{topology.name}: no such GPUs are here, and programs of inference are compiled and "
-            "not estimated; plan for a TPU slice, or run this where the GPUs are"
-        )
     layout = make_layout(mesh, devices(topology))
-    programs = Programs(network, jnp.dtype(dtype), layout=layout)
-    params = _abstract_params(network, layout, programs.dtype)
-    cache = programs.abstract_cache(serving.rows, serving.capacity)
-    entries = (cache.keys, cache.values)
-    in_all = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(entries))
-    arguments = (params, *_arguments(programs, serving, cache))
-    flops = serving_flops(network, serving, layout)
-    asked = dict(
-        serving=serving,
-        network=network,
-        topology=topology,
-        layout=mesh.layout,
-        mesh=dict(layout.mesh.shape),
-        cache=(bytes_here(entries), in_all),
-        flops=flops,
-    )
+    answering = Answering(network, serving, topology, layout, dtype)
     began = time.perf_counter()
     try:
-        compiled = getattr(programs, serving.program).lower(*arguments).compile()
+        compiled = answering.compile()
     except jax.errors.JaxRuntimeError as error:
-        memory = Memory(bytes_here(arguments), None, topology.chip.hbm_bytes)
-        return ServingPlan(**asked, memory=memory, refusal=refusal_of(error))
+        needed = bytes_here((answering.params["decoder"], *answering.arguments[1:]))
+        memory = Memory(needed, None, topology.chip.hbm_bytes)
+        return answering.found(mesh.layout, memory, refusal=refusal_of(error))
     seconds, text = time.perf_counter() - began, compiled.as_text()
     if save_hlo:
         Path(save_hlo).write_text(text, encoding="utf-8")
     sent, found = sent_by(text, mesh, layout), None
-    if topology.platform == "tpu":
-        found = roofline(
-            Placement.of_devices(topology, layout.mesh.devices),
-            model_flops=flops.model,
-            hardware_flops=flops.hardware,
-            hbm_bytes=serving_bytes(network, serving, layout, params, cache, sent),
-            collectives=sent.collectives,
-        )
-    # The towers' parameters lie there too, though these programs do not take them.
-    beside = bytes_here(params) - bytes_here(params["decoder"])
-    memory = memory_of(compiled, topology)
-    return ServingPlan(
-        **asked,
-        memory=Memory(memory.arguments + beside, memory.temporaries, memory.limit),
+    if topology.platform == "tpu":  # of other devices nothing says where they lie
+        found = answering.roofline(Placement.of_devices(topology, layout.mesh.devices), sent)
+    return answering.found(
+        mesh.layout,
+        memory_of(compiled, topology),
         compile_seconds=seconds,
         sent=sent,
         roofline=found,

@@ -8,22 +8,8 @@ from vllama2_jax.models.expert_parallel import FEW_TOKENS
 from vllama2_jax.models.flops import forward_flops
 from vllama2_jax.parallel.collectives import Communication
 from vllama2_jax.plan.serving_result import Serving
-from vllama2_jax.plan.work import bytes_here
+from vllama2_jax.plan.work import bytes_here, is_expert
 from vllama2_jax.train.flops import StepFlops
-
-ASSUMED = (
-    "The language model alone: towers and connectors run before, once a clip; their parameters "
-    "count as memory.",
-    "FLOPs: products at the shape of the batch, causal attention halved, logits of a row's last "
-    "slot. A new token sees a full cache. `hardware` has what few tokens multiply with experts "
-    "that other tokens chose, and slots of the cache beyond a window.",
-)
-
-# Of `serving_bytes`, in words.
-TRAFFIC = (
-    "a chip's share of the weights (of experts, of those that are chosen at most), what is "
-    "gathered of them (written and read), and its share of the cache"
-)
 
 
 def serving_flops(network: VLlama2Config, serving: Serving, layout: Layout) -> StepFlops:
@@ -42,7 +28,8 @@ def serving_flops(network: VLlama2Config, serving: Serving, layout: Layout) -> S
     if c.num_experts and tokens <= FEW_TOKENS:  # `moe._few_tokens`
         for name in ("decoder/moe/gate_up", "decoder/moe/down"):
             hardware[name] = model[name] * min(c.num_experts, tokens * c.top_k) // c.top_k
-    return StepFlops(sum(model.values()), sum(hardware.values()))
+    done = sum(hardware.values())
+    return StepFlops(sum(model.values()), done, {"decoder": done})
 
 
 def serving_bytes(
@@ -65,7 +52,6 @@ def serving_bytes(
     for path, leaf in flatten_dict(params["decoder"], sep="/").items():
         if path.startswith("embed") and not c.tie_embeddings:
             continue  # a token reads one row of it
-        experts = "/moe/" in path and "/router" not in path
-        weights += bytes_here(leaf) * (chosen if experts else 1)
+        weights += bytes_here(leaf) * (chosen if is_expert(path) else 1)
     gathered = sum(one.bytes * one.count for one in sent.collectives if one.kind == "all-gather")
     return weights + 2 * gathered + bytes_here((cache.keys, cache.values))

@@ -6,19 +6,10 @@ from rich.table import Table
 from vllama2_jax.parallel.collectives import totals
 from vllama2_jax.parallel.mesh import axes_in_words
 from vllama2_jax.parallel.published import ASSUMED, published_rows
-from vllama2_jax.parallel.roofline import Roofline, assumptions
-from vllama2_jax.plan.estimate import ASSUMED as OF_ESTIMATES
-from vllama2_jax.plan.result import Memory, Plan
+from vllama2_jax.parallel.roofline import Roofline
+from vllama2_jax.plan.result import Memory, Plan, ProgramPlan
 from vllama2_jax.plan.search import mesh_and_batch
 from vllama2_jax.plan.serving_result import ServingPlan
-from vllama2_jax.plan.serving_work import ASSUMED as OF_SERVING
-from vllama2_jax.plan.serving_work import TRAFFIC
-
-_CONVENTION = (
-    "FLOPs: products and convolutions at the batch's shape, causal attention halved, frozen parts "
-    "as they run; `model` without and `hardware` with what is computed again. Padding counts as "
-    "work; how much of the rows it is, --data tells.",
-)
 
 _RANKED = 12  # plans that a table shows
 
@@ -27,14 +18,6 @@ def show(plan: Plan, console: Console) -> None:
     """Print a plan, and everything that it takes for granted."""
     console.print(_summary(plan))
     _show_program(plan, console)
-    if plan.sent is None:
-        return
-    if plan.roofline is None:
-        console.print("No roofline: no peak is stated for these chips.")
-        return
-    estimates = OF_ESTIMATES if plan.estimated else ()
-    for sentence in (*estimates, *_CONVENTION, *assumptions(plan.topology)):
-        console.print(f"- {sentence}", highlight=False)
 
 
 def show_serving(plan: ServingPlan, console: Console) -> None:
@@ -49,17 +32,18 @@ def show_serving(plan: ServingPlan, console: Console) -> None:
             "new tokens",
         ),
         ("fits", "yes" if plan.fits else "NO: take more chips, fewer rows, or another mesh"),
+        ("parameters", f"{plan.parameters.total:,}"),
         ("arguments", f"{size(memory.arguments)} a chip: parameters and the cache"),
         ("the cache", f"{size(plan.cache[0])} a chip of {size(plan.cache[1])} in all"),
         *_memory_rows(memory),
-        ("compiled in", "-" if plan.compile_seconds is None else f"{plan.compile_seconds:.0f} s"),
+        ("compiled in", _compiled(plan)),
         (
             "FLOPs of all prompts" if prompt else "FLOPs of a token of each row",
             f"{plan.flops.model:.4g} model, {plan.flops.hardware:.4g} hardware",
         ),
     ]
     if plan.sent:
-        rows.append(("sent", f"{size(plan.sent.wire_bytes)} by each chip"))
+        rows.append(("sent", f"{size(plan.wire_bytes)} by each chip"))
     if roof:
         what = "of prompts" if prompt else "of answers"
         rows += [
@@ -69,22 +53,30 @@ def show_serving(plan: ServingPlan, console: Console) -> None:
         ]
     console.print(_two_columns(f"{plan.network.name}, {serving.program}", rows))
     _show_program(plan, console)
-    if roof:
-        for sentence in (*OF_SERVING, *assumptions(plan.topology, TRAFFIC)):
-            console.print(f"- {sentence}", highlight=False)
 
 
-def _show_program(plan: Plan | ServingPlan, console: Console) -> None:
-    """What the compiler made, or why it made nothing."""
+def _show_program(plan: ProgramPlan, console: Console) -> None:
+    """What the compiler made, or why it made nothing; and what is taken for granted."""
     if plan.refusal:
         console.print(f"The compiler: {plan.refusal}", highlight=False, markup=False)
-    if plan.sent is None:
-        return
-    if plan.sent.collectives:
+    if plan.sent and plan.sent.collectives:
         console.print(_collectives(plan))
-    if plan.sent.kernels:
+    if plan.sent and plan.sent.kernels:
         kernels = ", ".join(f"{name} x{count}" for name, count in plan.sent.kernels.items())
         console.print(f"Kernels of a step: {kernels}", highlight=False)
+    if plan.sent and plan.sent.uncounted_loops:
+        loops = ", ".join(plan.sent.uncounted_loops)
+        console.print(f"Loops of an unknown number of turns count as one: {loops}")
+    if plan.sent and plan.roofline is None:
+        console.print(_without_roofline(plan))
+    for sentence in plan.assumptions:
+        console.print(f"- {sentence}", highlight=False)
+
+
+def _without_roofline(plan: ProgramPlan) -> str:
+    if plan.topology.chip.peak_flops(plan.dtype) is None:
+        return "No roofline: no peak is stated for these chips."
+    return "No roofline: nothing says how these devices are joined; --estimate takes them in order."
 
 
 def show_ranked(plans: list[Plan], console: Console) -> None:
@@ -148,8 +140,10 @@ def _summary(plan: Plan) -> Table:
     media = f"{shape.clips} clips and {shape.sounds} sounds"
     parts = plan.config.micro_batches
     batches = f"; in {parts} micro-batches" if parts > 1 else ""
+    parameters = f"{plan.parameters.total:,}, of which {plan.parameters.trainable:,} train"
     rows = [
         ("on", _place(plan)),
+        ("parameters", parameters),
         ("batch", f"{shape.rows} rows of {shape.length} slots, {media} each{batches}"),
         ("fits", "yes" if memory.fits else "NO: take more chips, fewer rows, or another mesh"),
         ("arguments", f"{size(memory.arguments)} a chip: parameters, moments, the batch"),
@@ -160,10 +154,10 @@ def _summary(plan: Plan) -> Table:
     if plan.sent:
         rows.append(("sent", f"{size(plan.wire_bytes)} by each chip and step"))
     if roof:
-        slots = shape.rows * shape.length / roof.step_seconds
+        speed = f"{plan.tokens_per_second:,.0f} tokens/s, padding among them"
         rows += [
             *_roofline_rows(roof),
-            ("step", f"{duration(roof.step_seconds)}, {slots:,.0f} slots/s"),
+            ("step", f"{duration(roof.step_seconds)}, {speed}"),
             ("utilisation", f"{roof.utilisation:.1%}, by a model and not measured"),
         ]
     if plan.useful_fraction is not None:
@@ -174,13 +168,14 @@ def _summary(plan: Plan) -> Table:
             (
                 "whole stage",
                 f"{stage.samples:,} samples, {stage.steps:,} steps: {hours:,.1f} hours, "
-                f"{hours * plan.topology.num_chips:,.0f} chip-hours at most",
+                f"{hours * plan.topology.num_chips:,.0f} chip-hours at this speed, if every row "
+                "were as long",
             )
         )
     return _two_columns(f"{plan.network.name}, {plan.config.name}", rows)
 
 
-def _place(plan: Plan | ServingPlan) -> str:
+def _place(plan: ProgramPlan) -> str:
     chips = plan.topology.num_chips
     count = f"{chips} chips" if chips > 1 else "1 chip"
     return f"{plan.topology.name}, {count}; {axes_in_words(plan.mesh)}"
@@ -194,11 +189,13 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
 
 
 def _roofline_rows(roof: Roofline) -> list[tuple[str, str]]:
-    exposed = f"{duration(roof.exposed_seconds)} of it exposed"
+    links = duration(roof.ici_seconds)
+    if roof.dcn_seconds:
+        links += f", and {duration(roof.dcn_seconds)} between slices or nodes"
     return [
         ("compute", duration(roof.compute_seconds)),
         ("memory", duration(roof.hbm_seconds)),
-        ("links", f"{duration(roof.ici_seconds)}, {exposed}"),
+        ("links", f"{links}; {duration(roof.exposed_seconds)} exposed"),
     ]
 
 
@@ -209,13 +206,13 @@ def _two_columns(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _compiled(plan: Plan) -> str:
+def _compiled(plan: ProgramPlan) -> str:
     if plan.estimated:
         return "not at all: everything here is estimated by formulas"
     return "-" if plan.compile_seconds is None else f"{plan.compile_seconds:.0f} s"
 
 
-def _collectives(plan: Plan | ServingPlan) -> Table:
+def _collectives(plan: ProgramPlan) -> Table:
     table = Table(title="Collectives of a chip and step")
     for name in ("kind", "axis"):
         table.add_column(name)

@@ -45,10 +45,12 @@ class StepFlops(NamedTuple):
     Attributes:
       model: what the mathematics needs; model FLOP/s utilisation is made of it.
       hardware: with what is computed again to save memory.
+      parts: `hardware` of each part of the network that runs.
     """
 
     model: int
     hardware: int
+    parts: Mapping[str, int]
 
 
 def step_flops(
@@ -107,7 +109,8 @@ def step_flops(
     running = {product.part for product in products}
     learning = [part for part, action in actions.items() if action != "freeze" and part in running]
     adapters = 2 * rows * length * adapter_params
-    model, hardware = 3 * adapters, (4 if remat == "full" else 3) * adapters
+    model, parts = 3 * adapters, dict.fromkeys(sorted(running), 0)
+    parts["decoder"] += (4 if remat == "full" else 3) * adapters
     for product in products:
         below = any(part in learning for part in _BELOW[product.part])
         passes = 1
@@ -115,7 +118,7 @@ def step_flops(
             passes += below or not product.entry
             if not product.weights or actions[product.part] == "train":
                 passes += 1
-            hardware += product.flops * (product.name in again)
+            parts[product.part] += product.flops * (product.name in again)
         model += product.flops * passes
-        hardware += product.flops * passes
-    return StepFlops(model, hardware)
+        parts[product.part] += product.flops * passes
+    return StepFlops(model, sum(parts.values()), parts)
