@@ -22,7 +22,7 @@ _MISTRAL = 32 * (4096 * 128 * (32 + 8 + 8 + 32) + 3 * 4096 * 14336 + 2 * 4096)
 MISTRAL = _MISTRAL + 2 * 32000 * 4096 + 4096
 
 
-def test_arguments_on_gpus_are_counted_to_the_byte_where_there_is_no_gpu():
+def test_without_a_gpu_arguments_are_masters_and_moments_of_what_trains_and_little_else():
     found = estimate(config_of("video_sft"), topology("h100:8"))
     # What trains has a float32 master and two moments; the frozen tower (0.3e9) is bfloat16.
     least = MISTRAL * 12 / 8
