@@ -2,10 +2,15 @@
 # Cloud TPU slices, from nothing to a trained model and back to nothing. docs/launch.md tells the way.
 set -euo pipefail
 # gcloud ends with an ordinary exit code when it is interrupted, and bash would go on behind it.
-trap 'exit 130' INT
+INTERRUPTED=
+trap 'INTERRUPTED=1; exit 130' INT
+trap 'INTERRUPTED=1; exit 129' HUP
+trap 'INTERRUPTED=1; exit 143' TERM
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=lib/common.sh
 source "$here/lib/common.sh"
+# shellcheck source=lib/answers.sh
+source "$here/lib/answers.sh"
 # shellcheck source=lib/topology.sh
 source "$here/lib/topology.sh"
 # shellcheck source=lib/options.sh
@@ -74,7 +79,10 @@ main() {
   needs gcloud "https://cloud.google.com/sdk/docs/install tells how, then: gcloud auth login"
   case $action in
     wait) await ;;
-    delete) delete && forget ;;
+    delete)
+      delete || fail "${OPT[name]} was not deleted and costs money, the reason stands above; try it again"
+      forget
+      ;;
     *) "$action" ;;
   esac
 }

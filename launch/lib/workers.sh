@@ -2,6 +2,8 @@
 # The machines of a slice: copy the code to them, make its environment, run, follow.
 
 WORKER=vllama2_jax/launch/worker.sh
+# 1: the run of `train` has come to its end.
+ENDED=
 
 # on SLICE WORKER COMMAND: sets REMOTE, which has a machine run a command; `all` is every one. A
 # machine's shell reads COMMAND, so what is not ours in it stands there quoted.
@@ -19,6 +21,32 @@ reach() {
   fi
 }
 
+# everywhere COMMAND: all machines run it, and have answered. gcloud's exit code is 0, too, where it
+# could not reach a slice, or any: it warns, and goes on with the rest.
+everywhere() {
+  local tries code
+  on all all "$1"
+  if ((PRINT)); then
+    try "${REMOTE[@]}"
+    return
+  fi
+  for ((tries = 1; ; tries++)); do
+    code=0
+    hear "${REMOTE[@]}" || code=$?
+    if ((code == 0 && ${#HEARD[@]} >= MACHINES)); then
+      return
+    fi
+    # What fails on a machine fails again; 255 is a lost connection. gcloud has tried ten times by then.
+    if ((tries == 3 || (code != 0 && code != 255))); then
+      break
+    fi
+    note "${#HEARD[@]} of $MACHINES machines of ${OPT[name]} have answered; once more"
+    sleep "${OPT[every]}"
+  done
+  ((code == 0)) || fail "this failed with exit code $code: $(quoted "${REMOTE[@]}")"
+  fail "only ${#HEARD[@]} of $MACHINES machines of ${OPT[name]} have answered; tpu.sh status tells which, tpu.sh resume starts all: $(quoted "${REMOTE[@]}")"
+}
+
 setup() {
   local root wanted archive get ready="{ ! test -e $WORKER || bash $WORKER free; }"
   if [[ -n ${OPT[repo]:-} ]]; then
@@ -32,17 +60,20 @@ setup() {
       fail "there is no commit '$wanted' in $root, which is copied; --repo URL clones another"
     [[ -z $(git -C "$root" status --porcelain) ]] ||
       note "changes in $root that are not committed stay here; what is copied is ${OPT[commit]}"
-    archive=${TMPDIR:-/tmp}/vllama2_jax-${OPT[commit]:0:12}.tar.gz
+    # By its commit, so that no machine takes another's; in a folder where nobody else can put one.
+    archive=$REMEMBERED/.code/vllama2_jax-${OPT[commit]:0:12}.tar.gz
+    do_it mkdir -p "${archive%/*}"
     do_it git -C "$root" archive --format=tar.gz "--output=$archive" "${OPT[commit]}"
     reach scp all all
     do_it "${REACH[@]}" "$archive" "${OPT[name]}:" "${WHERE[@]}" "${WHICH[@]}" "${SSH_WITH[@]}"
-    # The environment stays, so that a second set-up is short; -m, since make compares times.
-    get="mkdir -p vllama2_jax"
-    get+=" && find vllama2_jax -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
-    get+=" && tar -xzmf ${archive##*/} -C vllama2_jax"
+    do_it rm "$archive"
+    # Whole before the old one goes. The environment stays, so that a second set-up is short; -m,
+    # since make compares times.
+    get="rm -rf vllama2_new && mkdir vllama2_new && tar -xzmf ${archive##*/} -C vllama2_new"
+    get+=" && { ! test -e vllama2_jax/.venv || mv vllama2_jax/.venv vllama2_new; }"
+    get+=" && rm -rf vllama2_jax && mv vllama2_new vllama2_jax"
   fi
-  on all all "$ready && $get && bash $WORKER setup $(quoted "${OPT[extras]}")"
-  do_it "${REMOTE[@]}"
+  everywhere "$ready && $get && bash $WORKER setup $(quoted "${OPT[extras]}")"
   remember
 }
 
@@ -57,39 +88,45 @@ run() {
     before=$word
   done
   remember
-  on all all "bash $WORKER start $(quoted "${COMMAND[@]}")"
-  do_it "${REMOTE[@]}"
+  everywhere "bash $WORKER start $(quoted "${COMMAND[@]}")"
 }
 
 logs() {
   on "${OPT[slice]}" "${OPT[worker]}" "bash $WORKER follow"
-  try "${REMOTE[@]}"
+  if ((PRINT)); then
+    try "${REMOTE[@]}"
+    return
+  fi
+  hear "${REMOTE[@]}" || return
+  # A run that has ended says so.
+  if ((${#HEARD[@]} == 0)); then
+    note "its machine did not answer; tpu.sh status may tell why"
+    return 1
+  fi
 }
 
 stop() {
-  on all all "bash $WORKER stop"
-  do_it "${REMOTE[@]}"
+  everywhere "bash $WORKER stop"
 }
 
 status() {
   look
   note "$REASON"
   if [[ $OUTLOOK == READY ]]; then
-    on all all "bash $WORKER report"
-    do_it "${REMOTE[@]}"
+    everywhere "bash $WORKER report"
   fi
 }
 
 # probe EXPECTED: sets STATE, what the first machine says of the run: idle, running PID, ended CODE,
-# or `silent`.
+# stopped CODE, or `silent`.
 probe() {
   on 0 0 "bash $WORKER state"
   STATE=$1
   if ((PRINT)); then
     try "${REMOTE[@]}"
   else
-    STATE=$("${REMOTE[@]}" 2>/dev/null) || STATE=silent
-    STATE=${STATE##*$'\n'}
+    hear "${REMOTE[@]}" >/dev/null 2>&1 || :
+    STATE=${HEARD[*]:-silent}
   fi
 }
 
@@ -101,27 +138,39 @@ watch() {
     logs || :
     probe "ended 0"
     case $STATE in
-      "ended 0") CODE=0 && return ;;
+      "ended 0" | "stopped "*) CODE=${STATE#* } && return ;;
       running*)
         note "the connection was lost; the run goes on"
         silences=0
         continue
         ;;
     esac
-    # When one machine is taken away the programs of the others fail, a little before it is known.
-    [[ -z ${OPT[spot]:-} ]] || sleep "${OPT[every]}"
-    look
+    look_well
     if [[ $OUTLOOK != GONE && $STATE == ended* ]]; then
       CODE=${STATE#ended } && return
     elif [[ $OUTLOOK == GONE ]]; then
       ((left-- > 0)) || fail "$REASON; this makes it anew, and the run goes on:
   bash $(quoted "$here/tpu.sh" resume --name "${OPT[name]}")"
       resume
-    elif [[ $STATE == idle ]] || ((++silences > 20)); then
+    elif [[ $STATE == idle ]] || ((++silences > PATIENCE)); then
       fail "$REASON, but its first machine is $STATE; tpu.sh status may tell more"
     else
       sleep "${OPT[every]}"
     fi
+  done
+}
+
+# Where a spot slice is taken away its programs fail, or are stopped, some minutes before the cloud
+# says why: that a run has ended by itself is not believed at the first look.
+look_well() {
+  local looks
+  look
+  [[ -n ${OPT[spot]:-} && $STATE == ended* ]] || return 0
+  for ((looks = 1; looks < PATIENCE; looks++)); do
+    [[ $OUTLOOK != GONE ]] || return 0
+    ((looks > 1)) || note "the run has $STATE; was its slice taken away? ($PATIENCE looks)"
+    sleep "${OPT[every]}"
+    look
   done
 }
 
@@ -131,15 +180,28 @@ resume() {
     misused "it is not known here what ran on ${OPT[name]}: give the command behind --"
   renew
   if [[ $OUTLOOK == READY ]]; then
-    probe idle
-    if [[ $STATE == running* ]]; then
+    count_running
+    if ((RUNNING == MACHINES)); then
       note "${OPT[name]} is READY and its run is under way; tpu.sh logs follows it"
       return
     fi
+    # Those would wait for the others, and keep `setup` from them.
+    ((RUNNING == 0)) || fail "$RUNNING of $MACHINES machines of ${OPT[name]} say that they run it; if that stays so, tpu.sh stop, and this again"
   fi
   await
   setup
   run
+}
+
+# Sets RUNNING, how many machines say that a run is under way.
+count_running() {
+  local answer
+  RUNNING=0
+  on all all "bash $WORKER state"
+  hear "${REMOTE[@]}" >/dev/null || :
+  for answer in "${HEARD[@]}"; do
+    [[ $answer != running* ]] || RUNNING=$((RUNNING + 1))
+  done
 }
 
 # All in a row: one command from nothing to a trained model.
@@ -152,19 +214,34 @@ train() {
   setup
   run
   watch
+  ENDED=1
   if ((CODE)); then
     note "the run ended with exit code $CODE"
-    status
-  fi
-  if [[ -n ${OPT[delete-when-done]:-} ]]; then
-    delete
-    forget
-    trap - EXIT
+    (status) || :
   fi
   return "$CODE"
 }
 
+# However `train` ends: the TPUs are deleted where that was asked for, or it is said what ends their
+# costs. Interrupted, the run goes on, and so do they.
 farewell() {
+  local code=$?
+  if [[ -n ${OPT[delete-when-done]:-} && -n $MADE && -z $INTERRUPTED ]]; then
+    trap 'costs; exit 130' INT
+    if delete_patiently; then
+      [[ -z $ENDED ]] || forget
+      exit "$code"
+    fi
+    note "${0##*/}: ${OPT[name]} could not be deleted, though it was tried $PATIENCE times"
+    ((code)) || code=1
+  elif ((code)) && [[ -n $MADE ]]; then
+    note "what is there goes on with: bash $(quoted "$here/tpu.sh" resume --name "${OPT[name]}")"
+  fi
+  costs
+  exit "$code"
+}
+
+costs() {
   note "TPUs of ${OPT[name]}, if there are any, cost money until this:"
   note "  $(deletion)"
 }
