@@ -23,7 +23,7 @@ def nothing_costs(cloud):
 
 
 def when_it_runs(cloud, script, first=":", **change):
-    """All machines do what a script says; before, the first changes the cloud, once, and does more."""
+    """All machines do what a script says; the first changes the cloud before, and does more."""
     (cloud.folder / "changed.json").write_text(json.dumps(change))
     code = (
         "import json, sys; file = sys.argv[1] + '/cloud.json'; state = json.load(open(file)); "
