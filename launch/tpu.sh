@@ -50,7 +50,7 @@ usage: bash launch/tpu.sh ACTION --name NAME [OPTIONS] [-- COMMAND...]
   --worker N          whose log (0); --slice N of which slice (0)
   --every SECONDS     between looks while waiting (30)
   --restarts N        train: resume so often by itself after pre-emption (0)
-  --delete-when-done  train: delete the TPUs when the run ends, well or not
+  --delete-when-done  train: delete the TPUs when the run ends, well or not, or anything fails
   --create-with FLAG  hand a flag on to gcloud's create, as in --create-with=--network=mine
   --ssh-with FLAG     and to its ssh and scp, as in --ssh-with=--tunnel-through-iap
   --print             show the commands and run none

@@ -145,6 +145,21 @@ def test_setup_brings_the_commit_to_every_machine_and_keeps_its_environment(clou
         assert (home / "vllama2_jax/.venv/bin/vllama2").is_file()
 
 
+def test_a_machine_without_make_gets_it_from_a_fresh_list_of_packages(cloud):
+    for program in ("bash", "dirname", "cat", "tee"):
+        (cloud.bin / program).symlink_to(shutil.which(program))
+    (cloud.bin / "make").unlink()
+    subprocess.run(
+        ["bash", str(cloud.project / "launch/worker.sh"), "setup", "tpu"],
+        env=cloud.environment(PATH=str(cloud.bin), HOME=str(cloud.folder)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    told = (cloud.folder / "sudone").read_text().splitlines()
+    assert [line.split()[3] for line in told[:2]] == ["update", "install"]
+    assert told[1].split()[-1] == "make"
+
+
 def test_setup_can_clone_a_repository_at_a_commit(cloud):
     cloud.run("tpu.sh", "create", *SMALL)
     options = ("--name=pod1", "--repo", str(cloud.project))
