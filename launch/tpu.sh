@@ -19,6 +19,8 @@ source "$here/lib/options.sh"
 source "$here/lib/pod.sh"
 # shellcheck source=lib/workers.sh
 source "$here/lib/workers.sh"
+# shellcheck source=lib/train.sh
+source "$here/lib/train.sh"
 
 usage() {
   cat <<'TEXT'

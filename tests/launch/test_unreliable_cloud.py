@@ -1,5 +1,6 @@
 """launch/tpu.sh where the cloud does not do, or not at once, what it is told."""
 
+import contextlib
 import json
 import os
 import signal
@@ -171,26 +172,36 @@ def test_a_second_train_says_that_it_is_there_already_and_deletes_nothing(cloud)
     assert cloud.state["nodes"] == {"pod1": "READY"}
 
 
-def test_an_interrupted_train_deletes_nothing_while_the_run_goes_on(cloud):
-    cloud.run_is("echo begun; until [ -e $FAKE_CLOUD/end ]; do sleep 0.05; done")
-    script = str(cloud.project / "launch/tpu.sh")
+@contextlib.contextmanager
+def training(cloud, *options):
+    """A `train` on two machines, while its run goes on there."""
+    cloud.run_is(
+        "echo begun; trap 'exit 143' TERM; until [ -e $FAKE_CLOUD/end ]; do sleep 0.05; done"
+    )
     train = subprocess.Popen(
-        ["bash", script, "train", *SMALL, "--delete-when-done", *COMMAND],
+        ["bash", str(cloud.project / "launch/tpu.sh"), "train", *SMALL, *options, *COMMAND],
         env=cloud.environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
         while train.stdout.readline() != "begun\n":
             assert train.poll() is None
-        os.killpg(train.pid, signal.SIGINT)
-        train.communicate(timeout=30)
+        yield train
     finally:
         train.kill()
         (cloud.folder / "end").touch()
-    assert train.returncode == 130 and "delete" not in verbs(cloud)
+
+
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_an_interrupted_train_deletes_nothing_while_the_run_goes_on(cloud, told):
+    with training(cloud, "--delete-when-done") as train:
+        os.killpg(train.pid, told)
+        _, said = train.communicate(timeout=30)
+        assert "tpu.sh delete --name pod1" in said.splitlines()[-1]
+    assert train.returncode == 128 + told and "delete" not in verbs(cloud)
 
 
 _SUSPENDED = {"pod1": {"states": [*["ACTIVE"] * 5, "SUSPENDED"], "nodes": ["pod1"]}}
@@ -211,10 +222,8 @@ def test_a_spot_run_that_fails_by_itself_is_believed_in_the_end(cloud):
 
 
 def test_a_spot_run_that_was_told_to_stop_is_believed_at_once(cloud):
-    cloud.run_is("trap 'exit 143' TERM; sleep 60 & wait")
-    cloud.run("tpu.sh", "create", *SMALL, "--spot")
-    cloud.run("tpu.sh", "setup", "--name=pod1")
-    cloud.run("tpu.sh", "run", "--name=pod1", *COMMAND)
-    cloud.run("tpu.sh", "stop", "--name=pod1")
-    log = cloud.run("tpu.sh", "logs", "--name=pod1", code=143).stdout
-    assert "vllama2 on pod1-0: stopped 143" in log
+    with training(cloud, "--spot", "--restarts=1") as train:
+        cloud.run("tpu.sh", "stop", "--name=pod1")
+        log, said = train.communicate(timeout=30)
+    assert train.returncode == 143 and "vllama2 on pod1-0: stopped 143" in log
+    assert "was its slice taken away?" not in said and verbs(cloud).count("create") == 1
