@@ -31,7 +31,7 @@ usage: bash launch/gke_xpk.sh ACTION [OPTIONS] [-- COMMAND...]
   --extras EXTRAS     of setup.cfg, for `image` (tpu,gcs)
   --spot              cheaper, and may be taken away
   --reservation NAME  from a reservation; neither: on demand
-  --restarts N        start a run again so often after it was taken away or failed (0)
+  --restarts N        start a run again so often, whatever ended it but success or `delete` (0)
   --print             show the commands and run none
 TEXT
 }
@@ -99,15 +99,20 @@ run() {
   require cluster topology name image
   ((${#COMMAND[@]})) ||
     misused "no command, as in -- vllama2 train --config=config:video_sft --out gs://BUCKET/RUN"
+  [[ ${OPT[name]} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    misused "--name ${OPT[name]}: at most 40 small letters, digits and hyphens, beginning with a letter"
   slices
-  local command
+  local command again=()
+  # xpk gives a run up where it ends with 1-41 or 43-126, and with 2 end all errors of `vllama2`, that
+  # of a machine that is gone among them.
+  ((OPT[restarts] == 0)) || again=(--restart-on-exit-codes=1-126)
   # exec: xpk passes SIGTERM on to what it started, which must be the run and no shell around it.
   command="exec $(quoted bash /opt/vllama2/launch/with_flags.sh tpu "${COMMAND[@]}")"
   # xpk writes it into a block of YAML, which ends with the line.
   [[ $command != *$'\n'* ]] || misused "a command for xpk cannot hold line breaks"
   # 600 seconds for the step that is taken and its checkpoint, of Kubernetes' usual 30.
   do_it xpk workload create "--workload=${OPT[name]}" "--cluster=${OPT[cluster]}" \
-    "${SLICE_WORDS[@]}" "--docker-image=${OPT[image]}" "--max-restarts=${OPT[restarts]}" \
+    "${SLICE_WORDS[@]}" "--docker-image=${OPT[image]}" "--max-restarts=${OPT[restarts]}" "${again[@]}" \
     --termination-grace-period-seconds=600 "${WHERE[@]}" "--command=$command"
 }
 

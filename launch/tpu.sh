@@ -2,10 +2,15 @@
 # Cloud TPU slices, from nothing to a trained model and back to nothing. docs/launch.md tells the way.
 set -euo pipefail
 # gcloud ends with an ordinary exit code when it is interrupted, and bash would go on behind it.
-trap 'exit 130' INT
+INTERRUPTED=
+trap 'INTERRUPTED=1; exit 130' INT
+trap 'INTERRUPTED=1; exit 129' HUP
+trap 'INTERRUPTED=1; exit 143' TERM
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=lib/common.sh
 source "$here/lib/common.sh"
+# shellcheck source=lib/answers.sh
+source "$here/lib/answers.sh"
 # shellcheck source=lib/topology.sh
 source "$here/lib/topology.sh"
 # shellcheck source=lib/options.sh
@@ -14,6 +19,8 @@ source "$here/lib/options.sh"
 source "$here/lib/pod.sh"
 # shellcheck source=lib/workers.sh
 source "$here/lib/workers.sh"
+# shellcheck source=lib/train.sh
+source "$here/lib/train.sh"
 
 usage() {
   cat <<'TEXT'
@@ -45,7 +52,7 @@ usage: bash launch/tpu.sh ACTION --name NAME [OPTIONS] [-- COMMAND...]
   --worker N          whose log (0); --slice N of which slice (0)
   --every SECONDS     between looks while waiting (30)
   --restarts N        train: resume so often by itself after pre-emption (0)
-  --delete-when-done  train: delete the TPUs when the run ends, well or not
+  --delete-when-done  train: delete the TPUs when the run ends, well or not, or anything fails
   --create-with FLAG  hand a flag on to gcloud's create, as in --create-with=--network=mine
   --ssh-with FLAG     and to its ssh and scp, as in --ssh-with=--tunnel-through-iap
   --print             show the commands and run none
@@ -74,7 +81,10 @@ main() {
   needs gcloud "https://cloud.google.com/sdk/docs/install tells how, then: gcloud auth login"
   case $action in
     wait) await ;;
-    delete) delete && forget ;;
+    delete)
+      delete || fail "${OPT[name]} was not deleted and costs money, the reason stands above; try it again"
+      forget
+      ;;
     *) "$action" ;;
   esac
 }

@@ -30,6 +30,21 @@ def test_import_is_lazy(statement):
     assert not loaded & {"jax", "flax", "transformers", "torch", "orbax"}
 
 
+def test_code_of_one_version_is_told_apart_by_its_files(tmp_path):
+    from vllama2_jax.version import source_digest
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.py").write_text("1")
+    (tmp_path / "data.json").write_text("1")
+    before = source_digest(tmp_path)
+    (tmp_path / "data.json").write_text("2")
+    assert source_digest(tmp_path) == before
+    (tmp_path / "a/x.py").write_text("2")
+    changed = source_digest(tmp_path)
+    (tmp_path / "a/x.py").rename(tmp_path / "x.py")
+    assert len({before, changed, source_digest(tmp_path)}) == 3
+
+
 def test_public_names_stay_what_they_are_after_every_import():
     """A submodule of the same name would take a function's place as soon as it is imported."""
     import vllama2_jax as vl

@@ -3,8 +3,6 @@
 
 # 1: show commands and run none.
 PRINT=0
-# What `ask` heard.
-ANSWER=
 # What `read_option` read.
 NAME='' VALUE='' TAKES=1
 
@@ -54,28 +52,6 @@ try() {
     return
   fi
   "$@"
-}
-
-# ask EXPECTED COMMAND...: what a command writes into ANSWER, or MISSING where it says that there is
-# no such thing. Under --print the command is shown, and EXPECTED taken for its answer.
-ask() {
-  local expected=$1 errors code=0
-  shift
-  if ((PRINT)); then
-    try "$@"
-    ANSWER=$expected
-    return
-  fi
-  errors=$(mktemp)
-  ANSWER=$("$@" 2>"$errors") || code=$?
-  if ((code)) && grep -qiE 'NOT_FOUND|was not found' "$errors"; then
-    ANSWER=MISSING
-  elif ((code)); then
-    cat "$errors" >&2
-    rm -f "$errors"
-    fail "this failed with exit code $code: $(quoted "$@")"
-  fi
-  rm -f "$errors"
 }
 
 # read_option "NAME NAME ..." WORDS...: the option in front of the words, which must be one of these

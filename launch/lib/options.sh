@@ -67,6 +67,8 @@ settle() {
     misused "--direct makes one slice; several are had as a queued resource"
   [[ -z ${OPT[direct]:-} || -z ${OPT[valid-for]:-} ]] ||
     misused "--valid-for is for queued resources; --direct has it at once or not at all"
+  [[ -z ${OPT[direct]:-} || " ${SSH_WITH[*]} " != *" --tunnel-through-iap "* ]] ||
+    misused "--ssh-with=--tunnel-through-iap needs a queued resource, gcloud's tpu-vm ssh does not know it; leave out --direct"
   [[ -z ${OPT[repo]:-} || -n ${OPT[commit]:-} ]] ||
     misused "--repo needs --commit, so that a run that goes on finds the same code"
 }

@@ -1,5 +1,8 @@
-# shellcheck shell=bash disable=SC2154 # `here` and WHERE are tpu.sh's
+# shellcheck shell=bash disable=SC2034,SC2154 # `here` and WHERE are tpu.sh's, MADE is read elsewhere
 # A TPU slice, or several as one queued resource: make, wait for, look at, delete.
+
+# 1: `create` has made it, so that it is ours to delete.
+MADE=
 
 create() {
   local tier=() node=("--node-id=${OPT[name]}")
@@ -8,16 +11,24 @@ create() {
   note "$SLICES x $ACCELERATOR: $CHIPS chips, which cost money until they are deleted:"
   note "  $(deletion)"
   if [[ -n ${OPT[direct]:-} ]]; then
-    do_it gcloud compute tpus tpu-vm create "${OPT[name]}" "${WHERE[@]}" \
-      "--accelerator-type=$ACCELERATOR" "--version=${OPT[runtime]}" "${tier[@]}" "${CREATE_WITH[@]}"
-    remember
+    make_it tpu-vm create "${OPT[name]}" "${WHERE[@]}" "--accelerator-type=$ACCELERATOR" \
+      "--version=${OPT[runtime]}" "${tier[@]}" "${CREATE_WITH[@]}"
     return
   fi
   ((SLICES == 1)) || node=("--node-count=$SLICES" "--node-prefix=${OPT[name]}")
   [[ -z ${OPT[valid-for]:-} ]] || tier+=("--valid-until-duration=${OPT[valid-for]}")
-  do_it gcloud compute tpus queued-resources create "${OPT[name]}" "${WHERE[@]}" \
-    "--accelerator-type=$ACCELERATOR" "--runtime-version=${OPT[runtime]}" "${node[@]}" \
-    "${tier[@]}" "${CREATE_WITH[@]}"
+  make_it queued-resources create "${OPT[name]}" "${WHERE[@]}" "--accelerator-type=$ACCELERATOR" \
+    "--runtime-version=${OPT[runtime]}" "${node[@]}" "${tier[@]}" "${CREATE_WITH[@]}"
+}
+
+make_it() {
+  local code=0
+  overhear gcloud compute tpus "$@" || code=$?
+  if [[ $ERRORS == *ALREADY_EXISTS* || $ERRORS == *"already exists"* ]]; then
+    fail "there is a ${OPT[name]} already; tpu.sh resume goes on with it, tpu.sh delete clears it away"
+  fi
+  ((code == 0)) || fail "this failed with exit code $code: $(quoted gcloud compute tpus "$@")"
+  MADE=1
   remember
 }
 
@@ -28,13 +39,22 @@ deletion() {
       --topology "${OPT[topology]}" ${OPT[direct]:+--direct})"
 }
 
+# What is gone already counts as deleted.
 delete() {
   # With --force a queued resource goes together with its TPUs; without, it is refused while it has any.
-  if [[ -n ${OPT[direct]:-} ]]; then
-    do_it gcloud compute tpus tpu-vm delete "${OPT[name]}" "${WHERE[@]}"
-  else
-    do_it gcloud compute tpus queued-resources delete "${OPT[name]}" "${WHERE[@]}" --force
-  fi
+  local words=(queued-resources delete "${OPT[name]}" "${WHERE[@]}" --force)
+  [[ -z ${OPT[direct]:-} ]] || words=(tpu-vm delete "${OPT[name]}" "${WHERE[@]}")
+  overhear gcloud compute tpus "${words[@]}" || is_missing
+}
+
+# Where nobody is there to try it again.
+delete_patiently() {
+  local tries
+  for ((tries = 1; ; tries++)); do
+    delete && return
+    ((tries < PATIENCE)) || return 1
+    sleep "${OPT[every]}"
+  done
 }
 
 # Sets REQUEST, the state of the queued resource, and REASON where that is told.
@@ -112,6 +132,7 @@ renew() {
   note "$REASON; making it anew"
   rest=$REQUEST
   [[ -z ${OPT[direct]:-} ]] || rest=$NODES
-  [[ $rest == MISSING ]] || delete
+  [[ $rest == MISSING ]] || delete_patiently ||
+    fail "${OPT[name]} could not be deleted, so it is not made anew; the reason stands above"
   create
 }

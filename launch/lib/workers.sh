@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154 # `here` and WHERE are tpu.sh's
+# shellcheck shell=bash disable=SC2034,SC2154 # `here` and WHERE are tpu.sh's, STATE is read elsewhere
 # The machines of a slice: copy the code to them, make its environment, run, follow.
 
 WORKER=vllama2_jax/launch/worker.sh
@@ -19,6 +19,32 @@ reach() {
   fi
 }
 
+# everywhere COMMAND: all machines run it, and have answered. gcloud's exit code is 0, too, where it
+# could not reach a slice, or any: it warns, and goes on with the rest.
+everywhere() {
+  local tries code
+  on all all "$1"
+  if ((PRINT)); then
+    try "${REMOTE[@]}"
+    return
+  fi
+  for ((tries = 1; ; tries++)); do
+    code=0
+    hear "${REMOTE[@]}" || code=$?
+    if ((code == 0 && ${#HEARD[@]} >= MACHINES)); then
+      return
+    fi
+    # What fails on a machine fails again; 255 is a lost connection. gcloud has tried ten times by then.
+    if ((tries == 3 || (code != 0 && code != 255))); then
+      break
+    fi
+    note "${#HEARD[@]} of $MACHINES machines of ${OPT[name]} have answered; once more"
+    sleep "${OPT[every]}"
+  done
+  ((code == 0)) || fail "this failed with exit code $code: $(quoted "${REMOTE[@]}")"
+  fail "only ${#HEARD[@]} of $MACHINES machines of ${OPT[name]} have answered; tpu.sh status tells which, tpu.sh resume starts all: $(quoted "${REMOTE[@]}")"
+}
+
 setup() {
   local root wanted archive get ready="{ ! test -e $WORKER || bash $WORKER free; }"
   if [[ -n ${OPT[repo]:-} ]]; then
@@ -32,17 +58,20 @@ setup() {
       fail "there is no commit '$wanted' in $root, which is copied; --repo URL clones another"
     [[ -z $(git -C "$root" status --porcelain) ]] ||
       note "changes in $root that are not committed stay here; what is copied is ${OPT[commit]}"
-    archive=${TMPDIR:-/tmp}/vllama2_jax-${OPT[commit]:0:12}.tar.gz
+    # By its commit, so that no machine takes another's; in a folder where nobody else can put one.
+    archive=$REMEMBERED/.code/vllama2_jax-${OPT[commit]:0:12}.tar.gz
+    do_it mkdir -p "${archive%/*}"
     do_it git -C "$root" archive --format=tar.gz "--output=$archive" "${OPT[commit]}"
     reach scp all all
     do_it "${REACH[@]}" "$archive" "${OPT[name]}:" "${WHERE[@]}" "${WHICH[@]}" "${SSH_WITH[@]}"
-    # The environment stays, so that a second set-up is short; -m, since make compares times.
-    get="mkdir -p vllama2_jax"
-    get+=" && find vllama2_jax -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +"
-    get+=" && tar -xzmf ${archive##*/} -C vllama2_jax"
+    do_it rm "$archive"
+    # Whole before the old one goes. The environment stays, so that a second set-up is short; -m,
+    # since make compares times.
+    get="rm -rf vllama2_new && mkdir vllama2_new && tar -xzmf ${archive##*/} -C vllama2_new"
+    get+=" && { ! test -e vllama2_jax/.venv || mv vllama2_jax/.venv vllama2_new; }"
+    get+=" && rm -rf vllama2_jax && mv vllama2_new vllama2_jax"
   fi
-  on all all "$ready && $get && bash $WORKER setup $(quoted "${OPT[extras]}")"
-  do_it "${REMOTE[@]}"
+  everywhere "$ready && $get && bash $WORKER setup $(quoted "${OPT[extras]}")"
   remember
 }
 
@@ -57,114 +86,44 @@ run() {
     before=$word
   done
   remember
-  on all all "bash $WORKER start $(quoted "${COMMAND[@]}")"
-  do_it "${REMOTE[@]}"
+  everywhere "bash $WORKER start $(quoted "${COMMAND[@]}")"
 }
 
 logs() {
   on "${OPT[slice]}" "${OPT[worker]}" "bash $WORKER follow"
-  try "${REMOTE[@]}"
+  if ((PRINT)); then
+    try "${REMOTE[@]}"
+    return
+  fi
+  hear "${REMOTE[@]}" || return
+  # A run that has ended says so.
+  if ((${#HEARD[@]} == 0)); then
+    note "its machine did not answer; tpu.sh status may tell why"
+    return 1
+  fi
 }
 
 stop() {
-  on all all "bash $WORKER stop"
-  do_it "${REMOTE[@]}"
+  everywhere "bash $WORKER stop"
 }
 
 status() {
   look
   note "$REASON"
   if [[ $OUTLOOK == READY ]]; then
-    on all all "bash $WORKER report"
-    do_it "${REMOTE[@]}"
+    everywhere "bash $WORKER report"
   fi
 }
 
 # probe EXPECTED: sets STATE, what the first machine says of the run: idle, running PID, ended CODE,
-# or `silent`.
+# stopped CODE, or `silent`.
 probe() {
   on 0 0 "bash $WORKER state"
   STATE=$1
   if ((PRINT)); then
     try "${REMOTE[@]}"
   else
-    STATE=$("${REMOTE[@]}" 2>/dev/null) || STATE=silent
-    STATE=${STATE##*$'\n'}
+    hear "${REMOTE[@]}" >/dev/null 2>&1 || :
+    STATE=${HEARD[*]:-silent}
   fi
-}
-
-# Follow a run to its end, through lost connections and, as often as --restarts says, pre-emptions.
-# Sets CODE, how it ended.
-watch() {
-  local left=${OPT[restarts]} silences=0
-  while :; do
-    logs || :
-    probe "ended 0"
-    case $STATE in
-      "ended 0") CODE=0 && return ;;
-      running*)
-        note "the connection was lost; the run goes on"
-        silences=0
-        continue
-        ;;
-    esac
-    # When one machine is taken away the programs of the others fail, a little before it is known.
-    [[ -z ${OPT[spot]:-} ]] || sleep "${OPT[every]}"
-    look
-    if [[ $OUTLOOK != GONE && $STATE == ended* ]]; then
-      CODE=${STATE#ended } && return
-    elif [[ $OUTLOOK == GONE ]]; then
-      ((left-- > 0)) || fail "$REASON; this makes it anew, and the run goes on:
-  bash $(quoted "$here/tpu.sh" resume --name "${OPT[name]}")"
-      resume
-    elif [[ $STATE == idle ]] || ((++silences > 20)); then
-      fail "$REASON, but its first machine is $STATE; tpu.sh status may tell more"
-    else
-      sleep "${OPT[every]}"
-    fi
-  done
-}
-
-# Bring a run back: what is gone is made anew, set up as before, and given the very same command.
-resume() {
-  ((${#COMMAND[@]})) ||
-    misused "it is not known here what ran on ${OPT[name]}: give the command behind --"
-  renew
-  if [[ $OUTLOOK == READY ]]; then
-    probe idle
-    if [[ $STATE == running* ]]; then
-      note "${OPT[name]} is READY and its run is under way; tpu.sh logs follows it"
-      return
-    fi
-  fi
-  await
-  setup
-  run
-}
-
-# All in a row: one command from nothing to a trained model.
-train() {
-  ((${#COMMAND[@]})) ||
-    misused "no command, as in -- vllama2 train --config=config:video_sft --out gs://BUCKET/RUN"
-  trap farewell EXIT
-  create
-  await
-  setup
-  run
-  watch
-  if ((CODE)); then
-    note "the run ended with exit code $CODE"
-    status
-  fi
-  if [[ -n ${OPT[delete-when-done]:-} ]]; then
-    delete
-    forget
-    trap - EXIT
-  fi
-  return "$CODE"
-}
-
-farewell() {
-  note "TPUs of ${OPT[name]}, if there are any, cost money until this:"
-  note "  $(deletion)"
 }

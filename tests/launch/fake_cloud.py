@@ -54,9 +54,10 @@ class Cloud:
         self.program("make", _MAKE)
         self.program(".vllama2", _VLLAMA2.format(python=sys.executable))
         self.program("sudo", '#!/usr/bin/env bash\nprintf "%s\\n" "$*" >>"$HOME/sudone"; cat >&2\n')
+        self.program("hostname", '#!/usr/bin/env bash\necho "${FAKE_WORKER:-here}"\n')
         self.fake("gcloud", "fake_gcloud.py")
         self.run_is("echo step 1; echo step 2")
-        self.change(workers=2, requests={}, nodes={}, on_create=["ACTIVE"], fail={})
+        self.change(workers={}, requests={}, nodes={}, on_create=["ACTIVE"], fail={}, lost=[])
 
     def program(self, name, text):
         (self.bin / name).write_text(text)

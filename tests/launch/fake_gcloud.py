@@ -4,12 +4,14 @@ The folder $FAKE_CLOUD holds calls.jsonl (one list of arguments a call), cloud.j
 workers/NODE-WORKER, the home folders of the machines, where commands for them are run by bash.
 
 cloud.json:
-  workers   of each slice
+  workers   node -> how many machines it has
   requests  name -> {"states": [...], "nodes": [...]}; each look at a queued resource takes one
             state off the list, but the last
-  nodes     name -> state
+  nodes     name -> state, or a list of which each look takes one off, but the last
   on_create what states a queued resource goes through
-  fail      {"verb": message}: calls of that verb fail
+  fail      {"verb": message}: calls of that verb fail; of a list each call takes one off, and null
+            is none
+  lost      machines (NODE-WORKER) that no connection reaches
 """
 
 import json
@@ -21,6 +23,8 @@ from pathlib import Path
 
 CLOUD = Path(os.environ["FAKE_CLOUD"])
 GROUPS = ("queued-resources", "tpu-vm")
+NO_CONNECTION = 255  # of ssh, after ten attempts
+UNUSABLE = ("STOPPED", "STOPPING", "DELETING", "HIDDEN", "PREEMPTED", "TERMINATED")
 
 
 def refuse(message):
@@ -35,8 +39,7 @@ def main(arguments):
     group, verb, *rest = arguments[2:]
     words = [word for word in rest if not word.startswith("--")]
     flags = dict(word[2:].partition("=")[::2] for word in rest if word.startswith("--"))
-    if verb in cloud["fail"]:
-        refuse(cloud["fail"][verb])
+    fail_if_told(cloud, verb)
     assert flags["project"] and flags["zone"] and "quiet" in flags
     if verb in ("ssh", "scp"):
         sys.exit(on_machines(cloud, group, verb, words, flags))
@@ -45,6 +48,30 @@ def main(arguments):
     )
     (CLOUD / "cloud.json").write_text(json.dumps(cloud))
     sys.exit(code)
+
+
+def fail_if_told(cloud, verb):
+    message = cloud["fail"].get(verb)
+    if isinstance(message, list):
+        message = message.pop(0) if message else None
+        (CLOUD / "cloud.json").write_text(json.dumps(cloud))
+    if message:
+        refuse(message)
+
+
+def machines(accelerator):
+    """How many a slice has: 4 chips each, but up to 8 of v5e and v6e are in one."""
+    kind, size = accelerator.split("-")
+    if kind in ("v4", "v5p"):
+        return int(size) // 2 // 4
+    return 1 if int(size) <= 8 else int(size) // 4
+
+
+def look(states):
+    """The state in front of a list, or one that stays."""
+    if isinstance(states, str):
+        return states
+    return states.pop(0) if len(states) > 1 else states[0]
 
 
 def create(cloud, group, name, flags):
@@ -57,7 +84,8 @@ def create(cloud, group, name, flags):
         cloud["requests"][name] = {"states": list(cloud["on_create"]), "nodes": nodes}
     for node in nodes:
         cloud["nodes"][node] = "READY"
-        for worker in range(cloud["workers"]):
+        cloud["workers"][node] = machines(flags["accelerator-type"])
+        for worker in range(cloud["workers"][node]):
             home = CLOUD / "workers" / f"{node}-{worker}"
             give_up(home)
             home.mkdir(parents=True)
@@ -75,12 +103,11 @@ def describe(cloud, group, name, flags):
     if group == "tpu-vm":
         if name not in cloud["nodes"]:
             refuse(f"NOT_FOUND: Resource '{name}' was not found")
-        print(cloud["nodes"][name])
+        print(look(cloud["nodes"][name]))
         return
     if name not in cloud["requests"]:
         refuse(f"NOT_FOUND: Resource '{name}' was not found")
-    states = cloud["requests"][name]["states"]
-    print(states.pop(0) if len(states) > 1 else states[0])
+    print(look(cloud["requests"][name]["states"]))
 
 
 def delete(cloud, group, name, flags):
@@ -101,28 +128,53 @@ def delete(cloud, group, name, flags):
 
 
 def on_machines(cloud, group, verb, words, flags):
+    """Run a command, or copy a file.
+
+    As the original: slices of a queued resource that cannot be prepared are left out with a
+    warning, if need be all of them, and the exit code tells nothing of it.
+    """
     name = words[-1].rstrip(":") if verb == "scp" else words[0]
-    nodes = cloud["requests"][name]["nodes"] if group == "queued-resources" else [name]
-    if group == "queued-resources" and flags["node"] != "all":
-        nodes = [nodes[int(flags["node"])]]
-    workers = range(cloud["workers"])
-    if flags["worker"] != "all":
-        workers = [int(flags["worker"])]
-    code = 0
-    for node in nodes:
-        if cloud["nodes"].get(node) != "READY":
-            refuse(f"{node} cannot be reached")
-        for worker in workers:
-            home = CLOUD / "workers" / f"{node}-{worker}"
-            if verb == "scp":
-                shutil.copy(words[0], home)
-                continue
-            environment = {**os.environ, "HOME": str(home), "FAKE_WORKER": f"{node}-{worker}"}
-            # As gcloud does: split at blanks, and joined with blanks by ssh.
-            command = " ".join(flags["command"].split(" "))
-            done = subprocess.run(["bash", "-c", command], cwd=home, env=environment)
-            code = code or done.returncode
-    return code
+    if group == "queued-resources":
+        if name not in cloud["requests"]:
+            refuse(f"NOT_FOUND: Resource '{name}' was not found")
+        nodes = cloud["requests"][name]["nodes"]
+        if flags["node"] != "all":
+            nodes = [nodes[int(flags["node"])]]
+    else:
+        nodes = [name]
+    ready = [node for node in nodes if usable(cloud, node)]
+    if ready != nodes:
+        if group == "tpu-vm":
+            refuse(f"{name} is in an unusable state")
+        warning = f"Could not prepare all {len(nodes)} nodes, attempting to ssh into the rest."
+        print(f"WARNING: {warning}", file=sys.stderr)
+    chosen = [
+        f"{node}-{worker}"
+        for node in ready
+        for worker in range(cloud["workers"][node])
+        if flags["worker"] in ("all", str(worker))
+    ]
+    print(f"Attempting to SSH into {len(ready)} nodes", file=sys.stderr)
+    return max([on_machine(cloud, verb, words, flags, machine) for machine in chosen], default=0)
+
+
+def usable(cloud, node):
+    states = cloud["nodes"].get(node, ["DELETING"])
+    return (states if isinstance(states, str) else states[0]) not in UNUSABLE
+
+
+def on_machine(cloud, verb, words, flags, machine):
+    """The exit code of a command on one machine."""
+    home = CLOUD / "workers" / machine
+    if machine in cloud["lost"]:
+        return NO_CONNECTION
+    if verb == "scp":
+        shutil.copy(words[0], home)
+        return 0
+    environment = {**os.environ, "HOME": str(home), "FAKE_WORKER": machine}
+    # As gcloud does: split at blanks, and joined with blanks by ssh.
+    command = " ".join(flags["command"].split(" "))
+    return subprocess.run(["bash", "-c", command], cwd=home, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A program that joins a run as on a machine of a Cloud TPU slice; started by `test_flags.py`.
+"""A program that joins a run as on a machine of a Cloud TPU slice, for `test_pod_processes.py`.
 
 What differs from such a machine, and is put in its place here: that there are chips, and what the
 machine's metadata service says. Prints one JSON line; touches no backend.

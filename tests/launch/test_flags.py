@@ -88,6 +88,13 @@ def test_options_that_the_step_is_compiled_with_are_not_said_a_second_time():
     assert not [name for name in options if name in said]
 
 
+def test_every_option_of_the_step_has_its_reason_above_it():
+    text = (ROOT / "vllama2_jax/parallel/backends.py").read_text()
+    lines = text.partition("_OVERLAP = {\n")[2].partition("\n}")[0].splitlines()
+    options = [k for k, line in enumerate(lines) if not line.startswith("    # ")]
+    assert len(options) > 3 and all(k and k - 1 not in options for k in options)
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_every_flag_has_its_reason_above_it(platform):
     lines = (LAUNCH / f"flags/{platform}.env").read_text().splitlines()

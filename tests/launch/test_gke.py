@@ -44,12 +44,19 @@ def test_the_command_arrives_whole_in_the_container_under_its_flags(gke, tmp_pat
     assert call[:3] == ["xpk", "workload", "create"]
     assert {"--workload=run1", "--docker-image=host/vllama2:1", "--max-restarts=3"} <= set(call)
     (command,) = [word.removeprefix("--command=") for word in call if word.startswith("--command=")]
+    # Without it xpk starts a run again only where that ended with 42 or 127-255; errors end with 2.
+    assert "--restart-on-exit-codes=1-126" in call
     # As xpk has bash read it: (COMMAND) &
     text = f"bash() {{ printf '%s\\0' \"$@\"; }}; ({command.removeprefix('exec ')}) & wait"
     done = subprocess.run(["bash", "-c", text], capture_output=True, check=True)
     words = done.stdout.decode().split("\0")[:-1]
     assert words == ["/opt/vllama2/launch/with_flags.sh", "tpu", *COMMAND]
     assert command.startswith("exec ")  # or a shell would get xpk's SIGTERM
+
+
+def test_a_run_without_restarts_tells_xpk_nothing_of_exit_codes(gke):
+    call = sent(gke, "run", *RUN, "--", *COMMAND)
+    assert "--max-restarts=0" in call and not [word for word in call if "exit-codes" in word]
 
 
 def test_list_logs_and_deletions(gke):
@@ -92,6 +99,9 @@ def test_a_failing_xpk_is_a_failing_script_with_its_reason(gke):
         (["run", *RUN, "--", "a\nb"], "a command for xpk cannot hold line breaks"),
         (["cluster", *RUN, "--spot", "--reservation=r"], "--spot and --reservation exclude"),
         (["run", *RUN, "--restarts=often"], "--restarts often: must be a whole number"),
+        (["run", *RUN, "--name=Run_1", "--", "a"], "--name Run_1: at most 40 small letters"),
+        (["run", *RUN, "--name", "r" * 41, "--", "a"], f"--name {'r' * 41}: at most 40 small"),
+        (["run", *RUN, "--topology=v5p-100", "--", "a"], "no slice v5p-100; there are v5p-8"),
         (["start"], "unknown action 'start'"),
     ],
 )  # fmt: skip

@@ -145,6 +145,21 @@ def test_setup_brings_the_commit_to_every_machine_and_keeps_its_environment(clou
         assert (home / "vllama2_jax/.venv/bin/vllama2").is_file()
 
 
+def test_a_machine_without_make_gets_it_from_a_fresh_list_of_packages(cloud):
+    for program in ("bash", "dirname", "cat", "tee"):
+        (cloud.bin / program).symlink_to(shutil.which(program))
+    (cloud.bin / "make").unlink()
+    subprocess.run(
+        ["bash", str(cloud.project / "launch/worker.sh"), "setup", "tpu"],
+        env=cloud.environment(PATH=str(cloud.bin), HOME=str(cloud.folder)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    told = (cloud.folder / "sudone").read_text().splitlines()
+    assert [line.split()[3] for line in told[:2]] == ["update", "install"]
+    assert told[1].split()[-1] == "make"
+
+
 def test_setup_can_clone_a_repository_at_a_commit(cloud):
     cloud.run("tpu.sh", "create", *SMALL)
     options = ("--name=pod1", "--repo", str(cloud.project))
@@ -189,8 +204,11 @@ def test_a_run_goes_on_without_its_connection_and_logs_tell_how_it_ends(ready):
         assert os.getsid(pid) != os.getsid(0)
     assert "pod1 is ACTIVE" in ready.run("tpu.sh", "status", "--name=pod1").stderr
     assert ready.run("tpu.sh", "status", "--name=pod1").stdout.count(": running ") == 2
-    again = ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train", code=1)
-    assert "a run is under way" in again.stderr
+    # The same again may be the second try of a connection that was lost.
+    again = ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "train")
+    assert again.stdout.count(": running ") == 2 and len(ready.told("pod1-0")) == 1
+    other = ready.run("tpu.sh", "run", "--name=pod1", "--", "vllama2", "eval", code=1)
+    assert "a run is under way" in other.stderr
     replaced = ready.run("tpu.sh", "setup", "--name=pod1", code=1)
     assert "a run is under way" in replaced.stderr
     (ready.folder / "end").touch()
@@ -288,6 +306,12 @@ def test_a_folder_on_the_machines_is_warned_of(ready):
         (["create", *POD], "--topology is missing, as in --topology v5p-128"),
         (["create", *SMALL, "--spot", "--reserved"], "--spot and --reserved exclude each other"),
         (["create", *SMALL, "--topology=2xv4-8", "--direct"], "--direct makes one slice"),
+        (
+            ["create", *SMALL, "--direct", "--ssh-with=--tunnel-through-iap"],
+            "--ssh-with=--tunnel-through-iap needs a queued resource",
+        ),
+        (["create", *POD, "--topology=v5p-100"], "no slice v5p-100; there are v5p-8"),
+        (["create", *POD, "--topology=v9-8"], "unknown topology 'v9-8'"),
         (["create", *SMALL, "--sport"], "unknown option '--sport'"),
         (["create", "--name"], "--name has no value"),
         (["create", *SMALL, "--every", "soon"], "--every soon: must be a whole number"),
@@ -328,7 +352,9 @@ def test_what_print_shows_is_what_is_run(cloud, topology):
     shown = cloud.printed("tpu.sh", "train", *options, "--", *HARD)
     assert not (cloud.folder / "remembered").exists()
     cloud.run("tpu.sh", "train", *options, "--", *HARD)
-    assert [command[0] for command in shown if command[0] != "gcloud"] == ["git"]
+    assert [command[0] for command in shown if command[0] != "gcloud"] == [
+        "mkdir", "git", "rm"
+    ]  # fmt: skip
     assert [command[1:] for command in shown if command[0] == "gcloud"] == without_repetition(
         cloud.calls
     )

@@ -29,7 +29,11 @@ def found():
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**environment, "JAX_PROCESS_ID": str(number)},
+            env={
+                **environment,
+                "JAX_PROCESS_ID": str(number),
+                "XLA_FLAGS": f"--xla_backend_optimization_level={number + 1}",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -55,6 +59,13 @@ def test_what_is_the_same_passes_and_what_differs_is_named(found):
         assert "processes 0 and 1 differ in seed" in one["differs"].replace("1 and 0", "0 and 1")
 
 
+def test_processes_that_compile_under_different_flags_are_told_so(found):
+    for one in found:
+        said = one["software"].replace("1 and 0", "0 and 1")
+        assert said.startswith("error: processes 0 and 1 differ in flags (")
+        assert "--xla_backend_optimization_level=1" in said
+
+
 def test_the_first_does_what_is_done_once_and_its_failure_is_everyones(found):
     assert [one["did"] for one in found] == [[0], []]
     assert found[0]["failed"] == "error: the disk is full"
@@ -76,6 +87,45 @@ def test_a_missing_variable_is_named(monkeypatch, name):
         monkeypatch.setenv(other, "1")
     monkeypatch.delenv(name)
     with pytest.raises(hosts.HostsError, match=f"{name} is missing"):
+        hosts.join()
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    """As a machine with chips, of which nothing else is known."""
+    monkeypatch.setattr(hosts, "has_tpus", lambda: True)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(hosts.clusters.GkeTpuCluster, "is_env_present", lambda: False)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", _joined)
+
+
+def _joined(**options):
+    raise RuntimeError("joins others")
+
+
+def test_a_tpu_machine_of_which_no_others_are_known_is_one_process(monkeypatch, on_a_tpu):
+    monkeypatch.setattr(hosts.clusters.GceTpuCluster, "is_env_present", lambda: False)
+    hosts.join()
+    monkeypatch.setattr(hosts.clusters.GceTpuCluster, "is_env_present", lambda: True)
+    with pytest.raises(hosts.HostsError, match="joins others"):
+        hosts.join()
+
+
+def test_metadata_that_cannot_be_read_are_no_reason_to_train_alone(monkeypatch, on_a_tpu):
+    def unreachable():
+        raise OSError("no route to metadata.google.internal")
+
+    monkeypatch.setattr(hosts.clusters.GceTpuCluster, "is_env_present", unreachable)
+    with pytest.raises(hosts.HostsError, match=r"\(no route .* alone, set TPU_SKIP_MDS_QUERY=1"):
+        hosts.join()
+
+
+def test_a_slurm_job_s_own_shell_is_told_of_srun(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    with pytest.raises(hosts.HostsError, match=r"has 16 tasks, .* start it with srun"):
         hosts.join()
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 
 from vllama2_jax.parallel import hosts
+from vllama2_jax.parallel.software import software
 
 
 def outcome(action):
@@ -24,6 +25,7 @@ def main():
     found = {"process": me, "processes": jax.process_count(), "devices": jax.device_count()}
     found["same"] = outcome(lambda: hosts.agree("same", {"steps": 3}))
     found["differs"] = outcome(lambda: hosts.agree("differs", {"steps": 3, "seed": me}))
+    found["software"] = outcome(lambda: hosts.agree("software", software()))
     done = []
     found["first"] = outcome(lambda: hosts.first_does("good", lambda: done.append(me)))
     found["did"] = done

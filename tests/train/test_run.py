@@ -51,6 +51,19 @@ def test_the_loss_falls_and_every_step_is_told(done):
     assert rates[0] == 0 and max(rates) == pytest.approx(1e-2)
 
 
+def test_processes_compare_their_software_before_the_folder_is_touched(
+    small_run, tmp_path, monkeypatch
+):
+    def differ(name, value):
+        assert {"code", "jax", "jaxlib", "compiler", "flags"} <= set(value)
+        raise run_module.hosts.HostsError(f"differ in {name}")
+
+    monkeypatch.setattr(run_module.hosts, "agree", differ)
+    with pytest.raises(run_module.hosts.HostsError, match="differ in software"):
+        run(small_run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch, capsys):
     lengths = set()
 

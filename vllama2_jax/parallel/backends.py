@@ -13,15 +13,22 @@ import numpy as np
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 _EXPERTS = {"tpu": "megablox", "gpu": "tokamax", "cpu": "blocks"}
 
-# Let gathers of weights travel while products run. The last two carry them through Pallas kernels,
-# as those of experts are; without, XLA gathers first and multiplies then. Reduce-scatters stay
-# synchronous on v5p with every option that was tried (libtpu 0.0.42).
+# Let gathers of weights travel while products run; without, XLA gathers first and multiplies then.
+# What is said of each was seen in compiled layers whose weights are gathered, of 64 v5p, without or
+# against it (libtpu 0.0.42). Reduce-scatters stay synchronous on v5p with all that was tried.
 _OVERLAP = {
+    # Splits a gather into its beginning and its end. Off by default, and nothing travels.
     "xla_enable_async_all_gather": True,
+    # Carries what lies between those two inside the products. The default; off, nothing travels.
     "xla_tpu_enable_async_collective_fusion": True,
+    # Takes gathers among the collectives that are carried. Off by default, and none is.
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    # One gather is carried by several products. The default; off, hardly one travels.
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    # Pallas kernels carry gathers, too, as those of experts: `down` inside of `gate` and `up`
+    # (docs/decisions/moe-layout.md). Where no such kernel is, it changes nothing.
     "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+    # Products of the tensor core go on while a gather travels. The default; off, nothing travels.
     "xla_tpu_overlap_compute_collective_tc": True,
 }
 

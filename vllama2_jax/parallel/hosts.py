@@ -1,7 +1,8 @@
 """The processes of a run: how they find each other, agree, and wait without waiting for ever.
 
 What is agreed here goes through JAX's coordination service, not through the devices, so that it has
-deadlines and says who is missing. JAX shows that service under a private name only.
+deadlines and says who is missing. JAX shows that service, and how it finds processes, under private
+names only.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ import os
 from collections.abc import Callable
 
 import jax
-from jax._src import distributed
+from jax._src import clusters, distributed
 
 from vllama2_jax.accelerators import has_tpus
 
@@ -27,8 +28,8 @@ def join(heartbeat_seconds: int = _HEARTBEAT_SECONDS) -> None:
     """Become one of the processes of a run, where the environment says that there are several.
 
     JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so anywhere; Slurm
-    and Cloud TPU say it in their own ways, which JAX reads. Must come before anything else of JAX;
-    a second call does nothing.
+    and Cloud TPU say it in their own ways, which JAX reads. A machine with TPUs of which nothing is
+    said is one process. Must come before anything else of JAX; a second call does nothing.
 
     Args:
       heartbeat_seconds: after how long a process counts as dead that does not answer.
@@ -72,12 +73,29 @@ def _counted() -> dict[str, int]:
 
 
 def _under_slurm() -> bool:
-    return "SLURM_JOB_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_JOB_ID" not in os.environ or tasks == 1:
+        return False
+    if "SLURM_STEP_NODELIST" not in os.environ:  # the script of a job, or a shell within it
+        raise HostsError(
+            f"this Slurm job has {tasks} tasks, and this process is none of them; start it with "
+            "srun, as launch/slurm_gpu.sbatch does, or unset SLURM_NTASKS for one process"
+        )
+    return True
 
 
 def _on_tpu_vm() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return has_tpus() and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    if not has_tpus() or "tpu" not in wanted or importlib.util.find_spec("libtpu") is None:
+        return False
+    try:
+        return clusters.GkeTpuCluster.is_env_present() or clusters.GceTpuCluster.is_env_present()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise HostsError(
+            f"this machine has TPUs, and its metadata, which names the others, cannot be read "
+            f"({reason}); for this machine alone, set TPU_SKIP_MDS_QUERY=1"
+        ) from None
 
 
 def several() -> bool:

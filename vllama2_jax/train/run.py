@@ -20,6 +20,7 @@ from vllama2_jax.checkpoints.store import place as folder_of
 from vllama2_jax.parallel import hosts
 from vllama2_jax.parallel.program_cache import open_folder, using_folder
 from vllama2_jax.parallel.sharding import param_axes
+from vllama2_jax.parallel.software import software
 from vllama2_jax.progress import bar
 from vllama2_jax.text import load_tokenizer, tokenizer_files
 from vllama2_jax.train.compiling import StepPrograms, about_step
@@ -86,6 +87,7 @@ def run(
       FloatingPointError: if a loss or gradient is not finite.
     """
     hosts.join()
+    hosts.agree("software", software())
     # What people read is said once, by the first process.
     out, console = folder_of(out), Console(stderr=True, quiet=not hosts.is_first())
     programs = programs and folder_of(programs)
