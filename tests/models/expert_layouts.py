@@ -201,6 +201,28 @@ def decoding():
     )
 
 
+def undivided():
+    """Rows and slots that do not divide over the mesh axes of theirs."""
+    cases = [
+        ("fsdp", dict(fsdp=8), "blocks", (1, 24)),
+        ("fsdp", dict(fsdp=8), "ragged_dot", (3, 8)),
+        ("fsdp+expert", dict(fsdp=2, expert=4), "ragged_dot", (3, 8)),
+        ("fsdp+tensor", dict(data=2, expert=2, tensor=2), "ragged_dot", (3, 8)),
+        ("fsdp+tensor", dict(fsdp=2, sequence=2, tensor=2), "ragged_dot", (2, 17)),
+    ]
+    return compare(
+        (
+            f"{name} {sizes} {shape}",
+            layout_of(name, **sizes),
+            "ring",
+            backend,
+            parameters(),
+            {"balanced": tokens("balanced", *shape)},
+        )
+        for name, sizes, backend, shape in cases
+    )
+
+
 def untouched():
     """Whether NaN in every expert but those of the only token leaves its result as it was."""
     params, x = parameters(), tokens("balanced", 1, 1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import layout_in_force
+from vllama2_jax.models.axes import divisible, layout_in_force
 from vllama2_jax.models.config import DecoderConfig
 
 EXCHANGES = ("ring", "all_to_all")
@@ -78,11 +78,12 @@ class Placement(NamedTuple):
         axes |= {name: () for name, fits in names.items() if fits is None}
 
         # A few tokens meet where the weights are: weights stay, and tokens are on all devices that
-        # share one set of them.
+        # share one set of them. So do rows or slots that do not divide, as those of one question.
+        split = divisible("batch", batch), divisible("length", length)
         apart = not {*axes["batch"]} & {*axes["expert"], *axes["expert_embed"], *axes["mlp"]}
-        apart = apart and batch % parts["batch"] == 0
+        apart = apart and split[0] is not None
         few = batch * length // (parts["batch"] if apart else 1) <= FEW_TOKENS
-        rows = ("batch" if apart or not few else None, None if few else "length")
+        rows = (split[0] if apart or not few else None, None if few else split[1])
         taken = {axis for name in rows if name for axis in axes[name]}
 
         gathered = [name for name in ("expert_embed", "mlp") if taken & {*axes[name]}]
