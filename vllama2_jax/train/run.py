@@ -87,6 +87,7 @@ def run(
       FloatingPointError: if a loss or gradient is not finite.
     """
     hosts.join()
+    hosts.new_run()
     # What people read is said once, by the first process.
     out, console = folder_of(out), Console(stderr=True, quiet=not hosts.is_first())
     programs = programs and folder_of(programs)
