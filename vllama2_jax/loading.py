@@ -10,9 +10,10 @@ from vllama2_jax.checkpoints import CheckpointError
 from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.infer.model import Model
 from vllama2_jax.media.preset import MediaPreset
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.mesh import make_layout, parse_mesh
 from vllama2_jax.text import load_tokenizer
-from vllama2_jax.weights import find, read
+from vllama2_jax.weights import describe, find, read
 
 
 def load(
@@ -38,9 +39,11 @@ def load(
 
     Raises:
       CheckpointError: if the model cannot be found or trusted, naming everything that is wrong.
-      ValueError: for another dtype or preset, or a mesh that the devices cannot form.
+      ValueError: for another dtype or preset, or a mesh that the devices cannot form or that does
+        not divide the model.
     """
-    layout = make_layout(parse_mesh(mesh), jax.devices()) if isinstance(mesh, str) else None
+    split = parse_mesh(mesh) if isinstance(mesh, str) else None
+    layout = make_layout(split, jax.devices()) if split else None
     if layout:
         device = jax.devices()[0]
     else:
@@ -49,6 +52,8 @@ def load(
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
     dtype = float_dtype(dtype)
     folder = find(source)
+    if layout:
+        check_network(split, layout, describe(folder)[0].config)
     # Few tokens at a time meet few experts; on CPU those are read from arrays of their own.
     split_experts = device.platform == "cpu" and layout is None
     with jax.default_device(device):

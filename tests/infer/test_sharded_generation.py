@@ -15,12 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 MESHES = {"fsdp": 0.2, "fsdp+tensor:tensor=2,fsdp=-1": 0.2, "2d:fsdp=2,tensor=4": 0.25}
 
 
-@pytest.fixture(scope="module")
-def found():
-    command = [sys.executable, "-m", "tests.infer.eight_devices", *MESHES]
+def printed_by(program, *arguments):
+    """What a program of eight devices finds."""
+    command = [sys.executable, "-m", f"tests.infer.{program}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return printed_by("eight_devices", *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -32,6 +37,12 @@ def test_a_model_over_eight_devices_answers_as_on_one(found, mesh):
 @pytest.mark.parametrize(("mesh", "share"), MESHES.items())
 def test_a_device_holds_its_part_of_the_parameters(found, mesh, share):
     assert 1 / 8 <= found[mesh]["share"] <= share
+
+
+def test_prompts_of_a_mixture_of_experts_need_not_divide_over_the_devices():
+    errors = printed_by("mixtral_prefills", "fsdp", "fsdp+expert:expert=4,fsdp=2")
+    assert len(errors) == 2 and {rows for one in errors.values() for rows in one} == {"1", "3"}
+    assert max(max(one.values()) for one in errors.values()) <= 1e-5, errors
 
 
 def test_a_mesh_that_the_devices_cannot_form_is_one_line():

@@ -201,16 +201,38 @@ def decoding():
     )
 
 
-def untouched():
-    """Whether NaN in every expert but those of the only token leaves its result as it was."""
-    params, x = parameters(), tokens("balanced", 1, 1)
-    chosen = np.argsort(-(x[0, 0] @ params["router"]["kernel"]))[: CONFIG.top_k]
-    spoiled = dict(params)
-    for name in KERNELS:
-        spoiled[name] = np.full_like(params[name], np.nan)
-        spoiled[name][chosen] = params[name][chosen]
+def undivided():
+    """Rows and slots that do not divide over the mesh axes of theirs."""
+    cases = [
+        ("fsdp", dict(fsdp=8), "blocks", (1, 24)),
+        ("fsdp", dict(fsdp=8), "ragged_dot", (3, 8)),
+        ("fsdp+expert", dict(fsdp=2, expert=4), "ragged_dot", (3, 8)),
+        ("fsdp+tensor", dict(data=2, expert=2, tensor=2), "ragged_dot", (3, 8)),
+        ("fsdp+tensor", dict(fsdp=2, sequence=2, tensor=2), "ragged_dot", (2, 17)),
+    ]
+    return compare(
+        (
+            f"{name} {sizes} {shape}",
+            layout_of(name, **sizes),
+            "ring",
+            backend,
+            parameters(),
+            {"balanced": tokens("balanced", *shape)},
+        )
+        for name, sizes, backend, shape in cases
+    )
+
+
+def unread():
+    """Products and conditions of a program of one token, by where they stand."""
     run = jax.jit(experts(layout_of("2d", fsdp=2, expert=2, tensor=2), backend="blocks"))
-    return bool((run(spoiled, x) == run(params, x)).all())
+    text = run.lower(parameters(), tokens("balanced", 1, 1)).compile().as_text()
+    branches, entry = text.split("\nENTRY", 1)
+    return {
+        "conditions": entry.count(" conditional("),
+        "always": entry.count(" dot("),
+        "under conditions": branches.count(" dot("),
+    }
 
 
 def adapters():

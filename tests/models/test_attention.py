@@ -1,18 +1,23 @@
 """Attention against PyTorch's, and the rotary tables against transformers'."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from decoder_oracle import TINY, hf_config, relative_error
+from jax.experimental.pallas.tpu import force_tpu_interpret_mode
 from transformers.models.mistral.modeling_mistral import (
     MistralRotaryEmbedding,
     apply_rotary_pos_emb,
 )
 
+from vllama2_jax.models import splash
 from vllama2_jax.models.attention import attend
 from vllama2_jax.models.rope import apply_rope, rope_tables
+from vllama2_jax.models.row_slices import Slices
 
 
 def inputs(rows, length, slots, heads=6, kv_heads=2, dim=8, seed=0):
@@ -104,6 +109,73 @@ def test_rope_equals_transformers_at_far_positions():
     for ours, theirs in zip((q, k), reference, strict=True):
         rotated = apply_rope(jnp.array(ours), tables)
         assert relative_error(rotated, theirs.transpose(1, 2).numpy()) <= 2e-6
+
+
+def with_gradients(backend, arrays, cotangent, positions, segments, **how):
+    """Attention within rows, and the gradients of queries, keys and values."""
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        def attended(q, k, v):
+            where = dict(q_positions=positions, kv_positions=positions)
+            where |= dict(q_segments=segments, kv_segments=segments)
+            return attend(q, k, v, aligned=True, backend=backend, **where, **how)
+
+        out, backward = jax.vjp(attended, q, k, v)
+        return out, *backward(cotangent)
+
+    return run(*map(jnp.array, (*arrays, cotangent)))
+
+
+@pytest.mark.parametrize(
+    ("length", "how"),
+    [
+        (200, dict(causal=True)),
+        (200, dict(causal=False)),
+        (300, dict(causal=True, window=37)),
+    ],
+)
+def test_splash_equals_xla_on_packed_padded_rows_forward_and_backward(length, how):
+    """Interpreted, so that it needs no TPU; no length here is one of its blocks."""
+    packed = [90, length - 120, 30]  # two samples, and padding
+    segments = jnp.array([np.repeat([1, 2, 0], packed)])
+    positions = jnp.array([np.concatenate([np.arange(n) for n in packed])])
+    arrays = inputs(1, length, length, heads=4, kv_heads=2, dim=16)
+    cotangent = inputs(1, length, length, heads=4, dim=16, seed=1)[0]
+    expected = with_gradients("xla", arrays, cotangent, positions, segments, **how)
+    with force_tpu_interpret_mode():
+        found = with_gradients("splash", arrays, cotangent, positions, segments, **how)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours, theirs) <= 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class OneSlice(Slices):
+    """What one of several devices has of each row, without the others."""
+
+    number: int = 0
+
+    def index(self):
+        return self.number
+
+
+@pytest.mark.parametrize(("length", "window"), [(65, None), (66, 40)])
+def test_splash_of_every_slice_of_a_row_equals_xla_over_the_whole(length, window):
+    """Four slices, whose second halves are exchanged where late queries have more work."""
+    count, how = 4, dict(causal=True, window=window)
+    segments = np.repeat([1, 2, 0], [100, count * length - 125, 25])[None]
+    positions = np.arange(count * length)[None]
+    q, k, v = inputs(1, count * length, count * length, heads=2, kv_heads=1, dim=16)
+    expected = with_gradients("xla", (q, k, v), q, positions, segments, **how)[0]
+    found = np.zeros_like(expected)
+    for number in range(count):
+        slices = OneSlice(("s",), count, window is None, number)
+        own = slices.slots(length)[number]
+        arguments = map(jnp.array, (q[:, own], k, v, segments[:, own], segments))
+        with force_tpu_interpret_mode():
+            found[:, own] = splash.attend(*arguments, slices=slices, **how)
+    found[segments == 0] = 0  # where `attend` gives zeros
+    assert relative_error(found, expected) <= 1e-5
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on a GPU only")

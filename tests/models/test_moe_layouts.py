@@ -1,11 +1,14 @@
 """The mixture of experts on many devices: simulated ones, and TPUs as their compiler sees them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -25,15 +28,16 @@ def checked(name):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("check", ["training", "decoding", "adapters"])
+@pytest.mark.parametrize("check", ["training", "decoding", "undivided", "adapters"])
 def test_every_layout_equals_a_loop_over_experts_forward_and_backward(check):
     errors = checked(check)
-    assert len(errors) == {"training": 24, "decoding": 2, "adapters": 4}[check]
+    assert len(errors) == {"training": 24, "decoding": 2, "undivided": 5, "adapters": 4}[check]
     assert {case: error for case, error in errors.items() if not error <= 1e-5} == {}
 
 
-def test_weights_of_unchosen_experts_are_not_touched_on_any_device():
-    assert checked("untouched") is True
+def test_experts_that_no_token_chose_are_not_read_on_any_device():
+    """Each device has four: they enter and leave under conditions, and only the router always."""
+    assert checked("unread") == {"conditions": 2 * 4, "always": 1, "under conditions": 3 * 4}
 
 
 def test_weights_are_gathered_twice_and_their_gradients_scattered_once_under_full_remat():
@@ -75,6 +79,26 @@ def test_two_dimensions_or_no_torus_at_all_take_one_step():
     assert _stages(torus(1, 1, 16, 16)) == _stages(torus(2, 1, 1, 1)) == _stages(None) == [None]
     unordered = torus(1, 2, 2, 2)[:, [0, 7]]
     assert _stages(unordered) == [None]
+
+
+def summed_over_devices(top_k, name, *shape):
+    """Types of sums [.., 16] that a program in bfloat16 makes over devices."""
+    config = DecoderConfig("mixtral", 8, 16, 16, 1, 1, 1, 16, 1e4, 1e-5, num_experts=8, top_k=top_k)
+    module = MoE(config, jnp.bfloat16, jnp.float32, "blocks", False)
+    x = jax.ShapeDtypeStruct((8, 32, 16), jnp.bfloat16)
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    with using(Layout(AbstractMesh(shape, MESH_AXES), LAYOUTS[name])):
+        text = str(jax.make_jaxpr(module.apply)(nn.meta.unbox(params), x))
+    return re.findall(r":(\w+)\[[\d,]*16\] = (?:reduce_scatter|psum)", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("fsdp+expert", (1, 2, 4, 1, 1)), ("2d", (2, 1, 4, 1, 1))]
+)
+def test_sums_of_more_than_two_experts_travel_in_float32(name, shape):
+    """Two numbers, and zeros, add up to the same in bfloat16."""
+    assert summed_over_devices(4, name, *shape) == ["f32"]
+    assert summed_over_devices(2, name, *shape) == ["bf16"]
 
 
 def apply(layout, split_experts=False, exchange="ring"):

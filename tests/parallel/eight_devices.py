@@ -24,6 +24,7 @@ import optax
 from tests.miniature import HEARING, MINIATURE
 from vllama2_jax.models.vllama2 import Batch, VLlama2, init_params
 from vllama2_jax.models.zoo import connector_config
+from vllama2_jax.parallel.backends import network_options
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
 from vllama2_jax.parallel.sharding import (
     batch_shardings,
@@ -80,6 +81,10 @@ MESHES = {
     "fsdp 4, sequence 2": MeshConfig(sequence=2),
     "fsdp 2, sequence 2, tensor 2": MeshConfig(layout="fsdp+tensor", sequence=2, tensor=2),
     "fsdp 4, sequence 2, half the rows": MeshConfig(sequence=2),
+    "fsdp 4, two slices": MeshConfig(dcn_data=2),
+    "fsdp 2, expert 4, all to all": MeshConfig(
+        layout="fsdp+expert", expert=4, expert_exchange="all_to_all"
+    ),
 }
 
 
@@ -145,7 +150,7 @@ def results(config, mesh: MeshConfig | None, num_rows: int):
     layout = mesh and make_layout(mesh, jax.devices())
     loss = functools.partial(
         batch_loss,
-        VLlama2(config, remat="full"),
+        VLlama2(config, remat="full", **network_options(config, layout)),
         config=LossConfig(
             chunk=8, z_loss=1e-3, load_balancing=0.02 * bool(config.decoder.num_experts)
         ),

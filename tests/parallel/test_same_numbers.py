@@ -21,6 +21,8 @@ LATER = (
     "mixtral, fsdp 4, sequence 2",
     "mixtral, fsdp 2, sequence 2, tensor 2",
     "mixtral, fsdp 4, sequence 2, half the rows",
+    "mixtral, fsdp 4, two slices",
+    "mixtral, fsdp 2, expert 4, all to all",
     "qwen2, data 2, fsdp 4",
     "qwen2, fsdp 4, tensor 2",
     "qwen2, fsdp 4, sequence 2",

@@ -49,6 +49,15 @@ def main():
     if me == 0:  # the other one never comes here
         found["alone"] = outcome(lambda: hosts.barrier("alone", 1))
     hosts.barrier("out", 30)
+    hosts.new_run()
+    agreement = hosts.StopAgreement(lambda: False)
+    found["again"] = [
+        outcome(lambda: hosts.agree("same", {"steps": 4})),
+        outcome(lambda: hosts.agree("differs", {"steps": 4})),
+        outcome(lambda: hosts.first_does("bad", lambda: done.append("again"))),
+        outcome(lambda: hosts.barrier("end", 30)),
+        agreement(5),
+    ]
     print(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from vllama2_jax.checkpoints import ModelCard
@@ -54,7 +55,9 @@ class Model:
         #: Bounds of every read of media; raise them here when an error says so.
         self.limits = Limits()
         self.template = card.template or choose_template(card.config.decoder.family, tokenizer)
-        self.generator = Generator(Programs(card.config, dtype, split_experts, layout), params)
+        devices = () if layout else list(jax.tree.leaves(params)[0].devices())
+        programs = Programs(card.config, dtype, split_experts, layout, devices)
+        self.generator = Generator(programs, params)
 
     @property
     def config(self):

@@ -6,19 +6,18 @@ small `until` again and again, which is the same program.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from vllama2_jax.infer.sampling import Sampler, choose
 from vllama2_jax.models.axes import Layout, constrain, using
 from vllama2_jax.models.cache import CACHE_AXES, KVCache, init_cache
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
-from vllama2_jax.parallel.backends import attention_backend, moe_backend
+from vllama2_jax.parallel.backends import network_options
 
 
 @flax.struct.dataclass
@@ -68,6 +67,7 @@ class Programs:
         dtype,
         split_experts: bool = False,
         layout: Layout | None = None,
+        devices: Iterable[jax.Device] = (),
     ):
         """Prepare (not compile) the programs.
 
@@ -75,18 +75,15 @@ class Programs:
           config: of the network.
           dtype: of activations.
           split_experts: see `models/stacking.py`.
-          layout: how arrays are split over several devices; None is one.
+          layout: how arrays are split over several devices; None is one. Over the shape of a mesh
+            alone they can be traced, and caches be abstract.
+          devices: the one device, without a layout; by default JAX's first.
         """
         self.config, self.dtype, self.layout = config, dtype, layout
         self._caches: dict[tuple[int, int], Callable] = {}
-        backends = {}
-        if layout and not isinstance(layout.mesh, AbstractMesh):
-            there = layout.mesh.devices
-            backends = dict(
-                attention_backend=attention_backend(there), moe_backend=moe_backend(there)
-            )
+        options = network_options(config, layout, devices)
         self.network = VLlama2(
-            config, dtype=dtype, scan_layers=False, split_experts=split_experts, **backends
+            config, dtype=dtype, scan_layers=False, split_experts=split_experts, **options
         )
         # float32 means float32: accelerators would otherwise multiply in TF32 or bf16 passes.
         precision = "highest" if dtype == jnp.float32 else None

@@ -38,10 +38,12 @@ class Layout:
     Attributes:
       mesh: of devices, or the shape of one.
       rules: {logical name: mesh axes}, slowest first; () is split over none.
+      expert_exchange: of `VLlama2`, where experts are split over the devices of tokens.
     """
 
     mesh: Mesh | AbstractMesh
     rules: Mapping[str, tuple[str, ...]]
+    expert_exchange: str = "ring"
 
     def axes(self, name: str | None) -> tuple[str, ...]:
         """Mesh axes that a logical axis is split over, without those of size 1.
@@ -264,6 +266,9 @@ def per_device(function: Callable, in_names, out_names) -> Callable:
 
     Returns:
       `function` itself where no layout is in force.
+
+    Raises:
+      ValueError: when called with arrays that the layout does not split evenly.
     """
     layout = layout_in_force()
     if layout is None:
@@ -274,13 +279,31 @@ def per_device(function: Callable, in_names, out_names) -> Callable:
             return function(*args)
 
     specs = functools.partial(jax.tree.map, layout.spec, is_leaf=_is_names)
-    return jax.shard_map(
+    apart = jax.shard_map(
         functools.wraps(function)(local),
         mesh=layout.mesh,
         in_specs=specs(in_names),
         out_specs=specs(out_names),
         check_vma=False,
     )
+
+    def checked(*args):
+        jax.tree.map(functools.partial(_check_even, layout), in_names, args, is_leaf=_is_names)
+        return apart(*args)
+
+    return checked
+
+
+def _check_even(layout, names, arrays):
+    """Refuse in words what `jax.shard_map` refuses in pages."""
+    for array in jax.tree.leaves(arrays):
+        for name, size in zip(names, array.shape, strict=False):
+            if size % layout.size(name):
+                raise ValueError(
+                    f"an array {list(array.shape)} has {size} of {name!r}, which do not divide "
+                    f"over {layout.size(name)} parts of the mesh; choose other sizes of its axes "
+                    f"{', '.join(layout.axes(name))}"
+                )
 
 
 def _is_names(value) -> bool:

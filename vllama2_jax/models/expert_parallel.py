@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vllama2_jax.models.axes import layout_in_force
+from vllama2_jax.models.axes import divisible, layout_in_force
 from vllama2_jax.models.config import DecoderConfig
 
 EXCHANGES = ("ring", "all_to_all")
@@ -25,7 +25,8 @@ EXCHANGES = ("ring", "all_to_all")
 FEW_TOKENS = 16
 
 # Maps tokens [T, W], their weights [T, k] and experts [T, k], numbers among this device's own (any
-# other number is another's), to [T, W]; the last argument is the most pairs that can be its own.
+# other number is another's), to float32 [T, W]; the last argument is the most pairs that can be its
+# own.
 Experts = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
@@ -78,11 +79,12 @@ class Placement(NamedTuple):
         axes |= {name: () for name, fits in names.items() if fits is None}
 
         # A few tokens meet where the weights are: weights stay, and tokens are on all devices that
-        # share one set of them.
+        # share one set of them. So do rows or slots that do not divide, as those of one question.
+        split = divisible("batch", batch), divisible("length", length)
         apart = not {*axes["batch"]} & {*axes["expert"], *axes["expert_embed"], *axes["mlp"]}
-        apart = apart and batch % parts["batch"] == 0
+        apart = apart and split[0] is not None
         few = batch * length // (parts["batch"] if apart else 1) <= FEW_TOKENS
-        rows = ("batch" if apart or not few else None, None if few else "length")
+        rows = (split[0] if apart or not few else None, None if few else split[1])
         taken = {axis for name in rows if name for axis in axes[name]}
 
         gathered = [name for name in ("expert_embed", "mlp") if taken & {*axes[name]}]
@@ -148,9 +150,18 @@ def to_pairs(rows: jax.Array, pairs: Pairs) -> jax.Array:
 
 
 def sum_of_pairs(rows: jax.Array, pairs: Pairs, num_tokens: int) -> jax.Array:
-    """Rows [R, W] summed in float32 over each token's pairs, n, n + T ...: [T, W]."""
+    """Rows [R, W] summed over each token's pairs, n, n + T ...: float32 [T, W]."""
     out = to_pairs(rows, pairs).reshape(-1, num_tokens, rows.shape[-1])
-    return out.sum(0, dtype=jnp.float32).astype(rows.dtype)
+    return out.sum(0, dtype=jnp.float32)
+
+
+def to_add(out: jax.Array, top_k: int, dtype) -> jax.Array:
+    """What devices sum up of a token's experts, float32 [T, W], as it travels.
+
+    Two numbers of `dtype` add up to the same, rounded once, in `dtype` and in float32, and nothing
+    is lost beside zeros. More would be rounded again and again.
+    """
+    return out.astype(dtype) if top_k <= 2 else out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -197,17 +208,18 @@ def exchange(
         "all_to_all" (each pair travels to its expert and back).
 
     Returns:
-      [T, W], the sum over each token's experts.
+      [T, W], the sum over each token's experts in the dtype of `tokens`.
     """
+    dtype, top_k = tokens.dtype, chosen.shape[1]
     own = jax.lax.axis_index(axes) * num_experts
     devices = jax.lax.axis_size(axes)
-    most = devices * len(tokens) * min(chosen.shape[1], num_experts)
+    most = devices * len(tokens) * min(top_k, num_experts)
     if how == "ring":
         tokens, top, chosen = (
             jax.lax.all_gather(array, axes, tiled=True) for array in (tokens, top, chosen)
         )
         out = experts(tokens, top, chosen - own, most)
-        return jax.lax.psum_scatter(out, axes, tiled=True)
+        return jax.lax.psum_scatter(to_add(out, top_k, dtype), axes, tiled=True).astype(dtype)
 
     pairs = sort_pairs(chosen.T.reshape(-1), devices * num_experts, chosen.size)
     sizes = jax.lax.all_gather(pairs.sizes, axes).reshape(devices, devices, num_experts)
@@ -216,7 +228,8 @@ def exchange(
     rows = _send(to_rows(tokens, pairs), post, there, axes, False)
     weights = _send(to_rows(top.T.reshape(-1, 1), pairs), post, there, axes, True)
     out = experts(rows, weights, _received_experts(sizes[:, post.me], most)[:, None], most)
-    return sum_of_pairs(_send(out, post.returning(), there[::-1], axes, False), pairs, len(tokens))
+    rows = _send(out.astype(dtype), post.returning(), there[::-1], axes, False)
+    return sum_of_pairs(rows, pairs, len(tokens)).astype(dtype)
 
 
 def _received_experts(sizes, num_rows):

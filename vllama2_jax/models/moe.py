@@ -28,6 +28,7 @@ from vllama2_jax.models.expert_parallel import (
     exchange,
     sort_pairs,
     sum_of_pairs,
+    to_add,
     to_rows,
 )
 from vllama2_jax.models.grouped_matmul import grouped_matmul
@@ -229,8 +230,11 @@ def _experts(layout, names, place, backend, how, x, top, chosen, weights):
         else:
             out = run(tokens, top, chosen, len(tokens) * min(k, num_experts))
     if place.outputs:
+        # Over columns alone it is of rounded products, as in dense layers.
+        of_experts = {*place.expert} & {*place.outputs}
+        out = to_add(out, k, x.dtype) if of_experts else out.astype(x.dtype)
         out = sum_of_shares(out, place.outputs)
-    return out.reshape(x.shape)
+    return out.astype(x.dtype).reshape(x.shape)
 
 
 def _hidden(gate, up, top, inputs):
@@ -242,7 +246,10 @@ def _hidden(gate, up, top, inputs):
 
 
 def _few_tokens(gate, up, down, inputs, tokens, top, chosen):
-    """Each chosen expert runs once, over all T tokens; the others' weights are never read."""
+    """Each chosen expert runs once, over all T tokens; the others' weights are never read.
+
+    Returns float32 [T, W], as `_sorted_tokens` does.
+    """
     asked = [(chosen == e).any() for e in range(gate.num_experts)]
 
     def enter(e):
@@ -268,7 +275,7 @@ def _few_tokens(gate, up, down, inputs, tokens, top, chosen):
     out = jnp.zeros(tokens.shape, jnp.float32)
     for e, wanted in enumerate(asked):
         out = jax.lax.cond(wanted, functools.partial(leave, e), lambda out: out, out)
-    return out.astype(tokens.dtype)
+    return out
 
 
 def _sorted_tokens(gate, up, down, inputs, backend, tokens, top, chosen, most):

@@ -9,6 +9,10 @@ from collections.abc import Iterable
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
+
+from vllama2_jax.models.axes import Layout
+from vllama2_jax.models.config import VLlama2Config
 
 _ATTENTION = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
 _EXPERTS = {"tpu": "megablox", "gpu": "tokamax", "cpu": "blocks"}
@@ -31,6 +35,30 @@ _OVERLAP = {
     # Products of the tensor core go on while a gather travels. The default; off, nothing travels.
     "xla_tpu_overlap_compute_collective_tc": True,
 }
+
+
+def network_options(
+    network: VLlama2Config, layout: Layout | None = None, devices: Iterable[jax.Device] = ()
+) -> dict[str, str]:
+    """Fields of `VLlama2` that follow from where a program runs: kernels, and how tokens travel.
+
+    Args:
+      network: its shapes.
+      layout: how it is laid out over several devices. Over the shape of a mesh alone no kernel is
+        chosen, since such a program can be traced and not compiled.
+      devices: the one device, without a layout; by default JAX's first.
+
+    Raises:
+      ValueError: for devices of an unknown platform, or of several.
+    """
+    options = {"expert_exchange": layout.expert_exchange} if layout else {}
+    if layout and isinstance(layout.mesh, AbstractMesh):
+        return options
+    devices = layout.mesh.devices if layout else devices or jax.devices()[:1]
+    options["attention_backend"] = attention_backend(devices)
+    if network.decoder.num_experts:
+        options["moe_backend"] = moe_backend(devices)
+    return options
 
 
 def compiler_options(devices: Iterable[jax.Device]) -> dict[str, bool]:

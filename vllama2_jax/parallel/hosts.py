@@ -5,9 +5,12 @@ deadlines and says who is missing. JAX shows that service, and how it finds proc
 names only.
 """
 
+import functools
+import hashlib
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable
 
 import jax
@@ -18,6 +21,10 @@ from vllama2_jax.accelerators import has_tpus
 _MINUTE = 60.0
 # A process that has died is noticed after this long; the others then end.
 _HEARTBEAT_SECONDS = 100
+
+
+# The service keeps every key for as long as it lives, which may be several runs.
+_RUN = 0
 
 
 class HostsError(ValueError):
@@ -108,6 +115,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def new_run() -> None:
+    """Begin another run in these processes, each of which must say so; names may be used again."""
+    global _RUN
+    _RUN += 1
+
+
 def barrier(name: str, seconds: float = 10 * _MINUTE) -> None:
     """Wait until all processes are here.
 
@@ -121,7 +134,7 @@ def barrier(name: str, seconds: float = 10 * _MINUTE) -> None:
     if not several():
         return
     try:
-        distributed.global_state.client.wait_at_barrier(f"vllama2/{name}", int(seconds * 1000))
+        distributed.global_state.client.wait_at_barrier(_key(name), int(seconds * 1000))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise HostsError(
@@ -133,27 +146,41 @@ def barrier(name: str, seconds: float = 10 * _MINUTE) -> None:
 def agree(name: str, value: dict, seconds: float = 10 * _MINUTE) -> None:
     """Make sure that all processes hold the same, as they must to run the same program.
 
+    The first process reads a digest of each, and the whole only of one that differs.
+
     Args:
       name: of what is compared; used once in a run.
       value: plain JSON types.
       seconds: how long to wait for the others.
 
     Raises:
-      HostsError: naming what differs between which processes.
+      HostsError: in all processes, naming what differs between which.
     """
     if not several():
         return
+    value = json.loads(json.dumps(value))
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     _tell(f"{name}/{jax.process_index()}", value)
-    for process in range(jax.process_count()):
-        other = _hear(f"{name}/{process}", seconds, process)
+    _tell(f"{name}/{jax.process_index()}/digest", {"digest": digest})
+    # The others wait longer, so that they hear who is missing.
+    compare = functools.partial(_compare, name, value, digest, seconds)
+    first_does(f"{name}/compared", compare, seconds + _MINUTE)
+
+
+def _compare(name: str, value: dict, digest: str, seconds: float) -> None:
+    """The first process's part of `agree`."""
+    deadline = time.monotonic() + seconds
+    for process in range(1, jax.process_count()):
+        left = max(deadline - time.monotonic(), 1.0)
+        if _hear(f"{name}/{process}/digest", left, process)["digest"] == digest:
+            continue
+        other = _hear(f"{name}/{process}", left, process)
         differing = sorted(key for key in value | other if value.get(key) != other.get(key))
-        if differing:
-            key = differing[0]
-            raise HostsError(
-                f"processes {jax.process_index()} and {process} differ in {', '.join(differing)} "
-                f"({value.get(key)!r} and {other.get(key)!r}); give all of them the same command, "
-                "code and data"
-            )
+        key = differing[0]
+        raise HostsError(
+            f"processes 0 and {process} differ in {', '.join(differing)} ({value.get(key)!r} and "
+            f"{other.get(key)!r}); give all of them the same command, code and data"
+        )
 
 
 def first_does(name: str, action: Callable[[], object], seconds: float = 10 * _MINUTE) -> None:
@@ -204,19 +231,23 @@ class StopAgreement:
         if self._told() and self._last is None:
             self._last = step + self._AHEAD
             _tell(f"stop/{jax.process_index()}", {"step": self._last})
-        heard = client.key_value_dir_get("vllama2/stop/")
+        heard = client.key_value_dir_get(_key("stop/"))
         steps = [json.loads(text)["step"] for _, text in heard]
         return bool(steps) and step >= min(steps)
 
 
+def _key(name: str) -> str:
+    return f"vllama2/{_RUN}/{name}"
+
+
 def _tell(name: str, value: dict) -> None:
-    distributed.global_state.client.key_value_set(f"vllama2/{name}", json.dumps(value))
+    distributed.global_state.client.key_value_set(_key(name), json.dumps(value))
 
 
 def _hear(name: str, seconds: float, process: int) -> dict:
     client = distributed.global_state.client
     try:
-        return json.loads(client.blocking_key_value_get(f"vllama2/{name}", int(seconds * 1000)))
+        return json.loads(client.blocking_key_value_get(_key(name), int(seconds * 1000)))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise HostsError(

@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from vllama2_jax.models.axes import Layout
+from vllama2_jax.models.expert_parallel import EXCHANGES
 from vllama2_jax.parallel.rules import LAYOUTS, MESH_AXES
 
 _REST = -1
@@ -27,6 +28,8 @@ class MeshConfig:
       dcn_data, dcn_fsdp: parts across slices, which only the data-center network joins. Their
         product is the number of slices.
       rules: (logical axis, mesh axes) in place of the table's, for experiments.
+      expert_exchange: how tokens travel to experts of other devices, "ring" or "all_to_all" (see
+        `models.expert_parallel.exchange`).
     """
 
     layout: str = "fsdp"
@@ -38,6 +41,7 @@ class MeshConfig:
     dcn_data: int = 1
     dcn_fsdp: int = 1
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    expert_exchange: str = "ring"
 
     def __post_init__(self):
         """Refuse what cannot be meant."""
@@ -57,6 +61,11 @@ class MeshConfig:
             raise ValueError(
                 f"layout {self.layout!r} splits nothing over {', '.join(idle)}; let mesh."
                 f"{idle[0]} be 1, or choose another layout: {', '.join(LAYOUTS)}"
+            )
+        if self.expert_exchange not in EXCHANGES:
+            raise ValueError(
+                f"unknown mesh.expert_exchange {self.expert_exchange!r}; known: "
+                f"{', '.join(EXCHANGES)}"
             )
         strange = {axis for _, axes in self.rules for axis in axes} - set(MESH_AXES)
         if strange:
@@ -106,6 +115,8 @@ class MeshConfig:
 def read_mesh(text: str) -> dict[str, str | int]:
     """Fields of `MeshConfig` that a text like "fsdp+tensor:tensor=4,fsdp=-1" says.
 
+    Beside sizes of axes it may say expert_exchange=all_to_all.
+
     Raises:
       ValueError: for a part that is not AXIS=SIZE.
     """
@@ -113,6 +124,9 @@ def read_mesh(text: str) -> dict[str, str | int]:
     said: dict[str, str | int] = {"layout": layout} if layout else {}
     for part in filter(None, sizes.split(",")):
         axis, _, size = part.partition("=")
+        if axis == "expert_exchange":
+            said[axis] = size
+            continue
         if axis not in (*MESH_AXES, "dcn_data", "dcn_fsdp") or not re.fullmatch(r"-?\d+", size):
             raise ValueError(
                 f"mesh {text}: {part!r} is not AXIS=SIZE; axes are {', '.join(MESH_AXES)}, "
@@ -147,6 +161,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     Raises:
       ValueError: if they do not fit.
     """
+    _check_slices(config, devices)
     inside = config.sizes(len(devices))
     across = {axis: 1 for axis in MESH_AXES} | {"data": config.dcn_data, "fsdp": config.dcn_fsdp}
     shape, slices = tuple(inside.values()), tuple(across.values())
@@ -172,6 +187,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def _check_slices(config: MeshConfig, devices: Sequence[jax.Device]) -> None:
+    """Refuse a mesh that says nothing of the devices' slices, or of others.
+
+    GPUs of several processes may be one slice, as where they share a switch.
+    """
+    across = config.dcn_data * config.dcn_fsdp
+    platform = devices[0].platform
+    if platform == "tpu":
+        found, what = {getattr(device, "slice_index", 0) for device in devices}, "slices"
+    elif platform != "cpu" and across > 1:
+        found, what = {device.process_index for device in devices}, "processes"
+    else:
+        return
+    if across != len(found):
+        raise ValueError(
+            f"the devices are of {len(found)} {what} and the mesh says dcn_data "
+            f"{config.dcn_data} x dcn_fsdp {config.dcn_fsdp}; say what lies across them, as in "
+            f"--mesh dcn_data={len(found)}"
+        )
+
+
 def _squares_outside(devices: Sequence[jax.Device], grid: np.ndarray) -> np.ndarray:
     """Devices along one axis, ordered so that two like dimensions of their torus vary slowest.
 
@@ -192,7 +228,7 @@ def _squares_outside(devices: Sequence[jax.Device], grid: np.ndarray) -> np.ndar
 
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device]) -> Layout:
     """The mesh and the rules of a run."""
-    return Layout(make_mesh(config, devices), config.table())
+    return Layout(make_mesh(config, devices), config.table(), config.expert_exchange)
 
 
 def abstract_layout(config: MeshConfig, num_devices: int) -> Layout:
@@ -207,4 +243,4 @@ def abstract_layout(config: MeshConfig, num_devices: int) -> Layout:
     mesh = AbstractMesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
-    return Layout(mesh, config.table())
+    return Layout(mesh, config.table(), config.expert_exchange)

@@ -115,17 +115,15 @@ def make_feeding(
         data = dataclasses.replace(data, mix="counts", workers=0)
         sources = tuple(dataclasses.replace(s, share=None) for s in held_out.sources)
         epochs = 1
-    media_tokens = card.config.num_media_tokens()
-    sound_tokens = card.config.num_sound_tokens
     max_length = longest_row(data, card.config)
     form = RecordFormat(
         tokenizer=tokenizer,
         template=card.template or choose_template(card.config.decoder.family, tokenizer),
         style=data.style,
-        media_tokens=media_tokens,
+        media_tokens=card.config.num_media_tokens(),
         max_tokens=data.max_tokens,
         max_length=max_length,
-        sound_tokens=sound_tokens,
+        sound_tokens=card.config.num_sound_tokens,
     )
     if not sources:
         raise ValueError("nothing to train on; name a file of records (--data FILE)")
@@ -157,8 +155,7 @@ def make_feeding(
         max_clips=max_clips,
         max_sounds=max_sounds,
         packing=data.packing,
-        buckets=data.buckets
-        or default_buckets(media_tokens, data.max_tokens, max_length, sound_tokens),
+        buckets=row_lengths(data, card.config),
         epochs=None if steps else epochs,
         num_steps=steps,
         window=_window(mixture.round_length, rows),
@@ -235,6 +232,13 @@ def longest_row(data: DataConfig, network: VLlama2Config) -> int:
     """Slots of the longest rows: room for all ids of a record, and for its media."""
     beside = network.num_media_tokens() + network.num_sound_tokens - 1
     return data.max_length or _rounded(beside + data.max_tokens)
+
+
+def row_lengths(data: DataConfig, network: VLlama2Config) -> tuple[int, ...]:
+    """Slots that rows may have."""
+    media = network.num_media_tokens(), network.num_sound_tokens
+    longest = longest_row(data, network)
+    return data.buckets or default_buckets(media[0], data.max_tokens, longest, media[1])
 
 
 def default_buckets(

@@ -18,6 +18,7 @@ from vllama2_jax.checkpoints.run import RunCheckpoints
 from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.checkpoints.store import place as folder_of
 from vllama2_jax.parallel import hosts
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.program_cache import open_folder, using_folder
 from vllama2_jax.parallel.sharding import param_axes
 from vllama2_jax.parallel.software import software
@@ -27,7 +28,7 @@ from vllama2_jax.train.compiling import StepPrograms, about_step
 from vllama2_jax.train.config import TrainConfig, to_json
 from vllama2_jax.train.course import Course
 from vllama2_jax.train.curves import draw_curves
-from vllama2_jax.train.feeding import Feeding, feeding_of
+from vllama2_jax.train.feeding import Feeding, feeding_of, row_lengths
 from vllama2_jax.train.journal import Journal
 from vllama2_jax.train.loop import StopSignals
 from vllama2_jax.train.metrics import MetricsLog, read_metrics
@@ -87,6 +88,7 @@ def run(
       FloatingPointError: if a loss or gradient is not finite.
     """
     hosts.join()
+    hosts.new_run()
     hosts.agree("software", software())
     # What people read is said once, by the first process.
     out, console = folder_of(out), Console(stderr=True, quiet=not hosts.is_first())
@@ -102,6 +104,9 @@ def run(
         card, tokenizer_folder = describe_start(config.start)
         tokenizer = load_tokenizer(tokenizer_folder)
         card = trained_card(card, config, tokenizer)
+        if layout:
+            lengths = row_lengths(config.data, card.config)
+            check_network(config.mesh, layout, card.config, lengths)
         if not hosts.is_first():
             hosts.barrier("indexed", _DAY)  # one counts the records' lengths, the others read them
         feeding = feeding_of(config, card, tokenizer, out / INDEX, layout)

@@ -9,7 +9,7 @@ from vllama2_jax.checkpoints.store import float_dtype
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import VLlama2
-from vllama2_jax.parallel.backends import attention_backend, moe_backend
+from vllama2_jax.parallel.backends import network_options
 from vllama2_jax.parallel.mesh import axes_in_words, make_layout
 from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.loss import batch_loss
@@ -50,6 +50,17 @@ def in_words_of(layout: Layout) -> str:
     return f"{axes_in_words(layout.mesh.shape)} over {layout.mesh.size} devices"
 
 
+def run_network(
+    config: TrainConfig,
+    network: VLlama2Config,
+    layout: Layout | None = None,
+    devices: Sequence[jax.Device] = (),
+) -> VLlama2:
+    """The network as a run steps and validates it; the arguments are those of `make_run_step`."""
+    options = network_options(network, layout, devices)
+    return VLlama2(network, dtype=float_dtype(config.dtype), remat=config.remat, **options)
+
+
 def make_run_step(
     config: TrainConfig,
     network: VLlama2Config,
@@ -70,15 +81,7 @@ def make_run_step(
       where: of `state_shardings`.
       devices: the one device, without a layout; by default JAX's first.
     """
-    dtype = float_dtype(config.dtype)
-    devices = layout.mesh.devices if layout else devices or jax.devices()[:1]
-    model = VLlama2(
-        network,
-        dtype=dtype,
-        remat=config.remat,
-        attention_backend=attention_backend(devices),
-        moe_backend=moe_backend(devices) if network.decoder.num_experts else "blocks",
-    )
+    model = run_network(config, network, layout, devices)
     return make_step(
         functools.partial(batch_loss, model, config=config.loss, datasets=datasets),
         optimizer,
@@ -86,5 +89,5 @@ def make_run_step(
         shardings=where,
         micro_batches=config.micro_batches,
         average=config.average,
-        compute_dtype=None if config.dtype == config.masters else dtype,
+        compute_dtype=None if config.dtype == config.masters else model.dtype,
     )

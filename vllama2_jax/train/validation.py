@@ -15,7 +15,7 @@ from vllama2_jax.data.records import Record
 from vllama2_jax.infer.media import ReadMedia
 from vllama2_jax.infer.model import Model
 from vllama2_jax.models.axes import Layout, using
-from vllama2_jax.models.vllama2 import VLlama2
+from vllama2_jax.parallel.backends import compiler_options
 from vllama2_jax.parallel.sharding import whole
 from vllama2_jax.progress import bar
 from vllama2_jax.text import Tokenizer
@@ -23,6 +23,7 @@ from vllama2_jax.train.config import TrainConfig
 from vllama2_jax.train.feeding import make_feeding
 from vllama2_jax.train.lora import merge
 from vllama2_jax.train.loss import LossSums, batch_loss, dataset_losses
+from vllama2_jax.train.run_step import run_network
 from vllama2_jax.train.trainable import combine
 from vllama2_jax.weights import unstack
 
@@ -61,7 +62,7 @@ class Validation:
         )
         loss = functools.partial(
             batch_loss,
-            VLlama2(card.config, dtype=self._dtype, remat=config.remat),
+            run_network(config, card.config, layout),
             config=config.loss,
             datasets=self._feeding.datasets,
         )
@@ -69,6 +70,7 @@ class Validation:
         self._sums = jax.jit(
             lambda trainable, frozen, batch: self._evaluate(loss, trainable, frozen, batch),
             out_shardings=whole(layout) if layout else None,
+            compiler_options=compiler_options(layout.mesh.devices) or None if layout else None,
         )
         self._model: Model | None = None
 
