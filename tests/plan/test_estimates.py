@@ -19,6 +19,7 @@ from vllama2_jax.train.flops import StepFlops
 # Mistral 7B and the connector, in numbers of their configurations; the tower is CLIP ViT-L/14-336,
 # of which the last of 24 blocks and the last norm do not run.
 _MISTRAL = 32 * (4096 * 128 * (32 + 8 + 8 + 32) + 3 * 4096 * 14336 + 2 * 4096)
+MISTRAL_7B = model_config("2-7B")
 MISTRAL = _MISTRAL + 2 * 32000 * 4096 + 4096
 
 
@@ -125,8 +126,16 @@ def test_candidates_split_what_can_be_split():
         parts = 64 // candidate.mesh.tensor // candidate.mesh.sequence
         assert candidate.rows in (128, 256)
         assert candidate.rows % (parts * candidate.micro_batches) == 0
-    without = candidates(config, model_config("2-7B"), 64)
+    without = candidates(config, MISTRAL_7B, 64)
     assert all(candidate.mesh.expert == 1 for candidate in without)
+
+
+def test_chips_that_do_not_divide_the_width_hold_copies():
+    config = config_of("video_sft", batch=192)
+    first = next(candidates(config, MISTRAL_7B, 192)).mesh
+    assert first.sizes(192) == {"data": 3, "fsdp": 64, "expert": 1, "sequence": 1, "tensor": 1}
+    best = search(config, topology("v5p:4x4x12"), most=0)[0]
+    assert best.fits and best.mesh["data"] == 3
 
 
 def test_the_fastest_that_fit_are_compiled_one_of_a_mesh_and_ranked_by_what_was_found(monkeypatch):

@@ -107,6 +107,7 @@ def test_a_search_shows_plans_best_first(capsys):
         (("--topology", "v5p:4x4x6", "--estimate"), "no such slice of v5p can be had"),
         (("--topology", "h100:8", "--mesh", "tensor=4,fsdp=-1"), "splits nothing over tensor"),
         (("--topology", "2xv5p-128", "--estimate"), "as in --mesh dcn_data=2"),
+        (("--topology", "v5p:4x4x12", "--batch", "192", "--estimate"), "--mesh data=3,fsdp=64"),
         (("--topology", "h100:8", "--model", "tiny", "--data", "/nowhere.json"), "/nowhere.json"),
     ],
 )

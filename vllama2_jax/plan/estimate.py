@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import DecoderConfig, VLlama2Config
 from vllama2_jax.parallel.collectives import Collective, Communication
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import abstract_layout
 from vllama2_jax.parallel.topology import Topology
@@ -64,6 +65,7 @@ def estimate(
     shape = largest_batch(config, network, length, records)
     layout = abstract_layout(config.mesh, topology.num_chips)
     check_slices(config.mesh, topology)
+    check_network(config.mesh, layout, network, (shape.length,))
     check_rows(config, layout)
     arguments = abstract_arguments(config, network, shape, layout)
     of_step = (config, network, shape, arguments, layout)

@@ -15,6 +15,7 @@ from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import Batch, abstract_params
 from vllama2_jax.models.zoo import model_config
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
 from vllama2_jax.parallel.program_cache import compile_program, keep_program
 from vllama2_jax.parallel.sharding import batch_shardings, param_axes, shardings
@@ -200,6 +201,7 @@ def compile_step(
       ValueError: if mesh, rows and devices do not fit.
     """
     layout = make_layout(config.mesh, devices)
+    check_network(config.mesh, layout, network, (shape.length,))
     check_rows(config, layout)
     arguments = abstract_arguments(config, network, shape, layout)
     datasets, steps = (records.datasets, records.steps) if records else (("all",), 2)

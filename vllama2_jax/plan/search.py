@@ -1,6 +1,7 @@
 """Which mesh and which batch are best on a topology: `search`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 from vllama2_jax.models.config import VLlama2Config
@@ -116,7 +117,9 @@ def _meshes(
     if given.dcn_data * given.dcn_fsdp == 1:
         across["dcn_data"] = slices
     inside = chips // (across["dcn_data"] * across["dcn_fsdp"])
-    yield MeshConfig(**across)
+    # Weights are split over as many chips as divide their width; copies of them over the rest.
+    fsdp = math.gcd(inside, c.width)
+    yield MeshConfig(**across) if fsdp == inside else MeshConfig(data=inside // fsdp, **across)
     for parts in (parts for parts in _PARTS if inside % parts == 0):
         if c.num_kv_heads % parts == 0 and c.mlp_dim % parts == 0:
             yield MeshConfig(layout="fsdp+tensor", tensor=parts, **across)

@@ -16,6 +16,7 @@ from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.models.vllama2 import abstract_params
 from vllama2_jax.parallel.collectives import Communication
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import MeshConfig, make_layout
 from vllama2_jax.parallel.roofline import Roofline, roofline
@@ -148,6 +149,7 @@ def plan_serving(
     """
     check_slices(mesh, topology)
     layout = make_layout(mesh, devices(topology))
+    check_network(mesh, layout, network)
     answering = Answering(network, serving, topology, layout, dtype)
     began = time.perf_counter()
     try:

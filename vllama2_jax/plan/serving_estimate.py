@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from vllama2_jax.models.axes import Layout
 from vllama2_jax.models.config import VLlama2Config
 from vllama2_jax.parallel.collectives import Collective, Communication
+from vllama2_jax.parallel.fitting import check_network
 from vllama2_jax.parallel.links import Placement
 from vllama2_jax.parallel.mesh import MeshConfig, abstract_layout
 from vllama2_jax.parallel.topology import Topology
@@ -33,6 +34,7 @@ def estimate_serving(
     """
     check_slices(mesh, topology)
     layout = abstract_layout(mesh, topology.num_chips)
+    check_network(mesh, layout, network)
     answering = Answering(network, serving, topology, layout, dtype)
     width = answering.programs.dtype.itemsize
     sent = Communication(tuple(_collectives(network, serving, layout, width)), {}, ())
