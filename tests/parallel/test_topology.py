@@ -64,6 +64,8 @@ def test_a_torus_is_closed_in_whole_cubes_and_over_the_width_of_a_pod(name, ring
         ("0xv5e-4", "a size of 0"),
         ("v5p:3x5x7", "no such slice .*; there are 2x2x1, .*, 2x4x4, and multiples of 4x4x4"),
         ("v5p:4x4x6", "no such slice of v5p"),
+        ("v4-12288", "no default shape for v4-12288; known: v4-8, .*, v4-8192, or name it"),
+        ("v4:16x16x24", "the largest slice of v4 has 4,096 chips"),
         ("v5e:100x3", "no such slice of v5e can be had; there are 1x1, .*, 16x16$"),
         ("h100-8", r"h100-8: write it as h100:8 \(one node\) or h100:8x4"),
         ("cpu:2x4", "cpu:2x4: write it as cpu:8"),

@@ -74,6 +74,7 @@ class Chip:
       dimensions: of the torus that these links make; 0: a switch joins all chips of a node.
       dcn_bandwidth: bytes per second and chip, one way, between slices or nodes.
       cores: by which the accelerator types of Google's clouds are counted.
+      slice_chips: of the largest slice; None where nothing bounds it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Chip:
     dimensions: int = 1
     dcn_bandwidth: float = 0.0
     cores: int = 1
+    slice_chips: int | None = None
 
     def peak_flops(self, dtype: str = "bfloat16") -> float | None:
         """FLOP/s of products of such numbers; None of a CPU."""
@@ -112,9 +114,9 @@ def _of_gpu(gigabytes: int) -> int:
 CHIPS = {
     chip.name: chip
     for chip in (
-        # name, platform, device_kind, hbm_bytes, hbm_bandwidth, link_bandwidth, dimensions, dcn
-        Chip("v4", "tpu", "TPU v4", round(30.75 * 2**30), 1.2e12, 4.5e10, 3, 6.25e9, cores=2),
-        Chip("v5p", "tpu", "TPU v5", round(95.74 * 2**30), 2.8e12, 9e10, 3, 6.25e9, cores=2),
+        # In the order of the attributes.
+        Chip("v4", "tpu", "TPU v4", round(30.75 * 2**30), 1.2e12, 4.5e10, 3, 6.25e9, 2, 4096),
+        Chip("v5p", "tpu", "TPU v5", round(95.74 * 2**30), 2.8e12, 9e10, 3, 6.25e9, 2, 6144),
         Chip("v5e", "tpu", "TPU v5 lite", round(15.75 * 2**30), 8.1e11, 4.5e10, 2, 3.125e9),
         Chip("v6e", "tpu", "TPU v6 lite", round(31.25 * 2**30), 1.6e12, 9e10, 2, 12.5e9),
         Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", _of_gpu(80), 2.039e12, 3e11, 0, 25e9),

@@ -121,6 +121,10 @@ def _tpu_shape(name, chip, number, sizes):
         if len(sizes) != chip.dimensions:
             raise ValueError(f"{name}: a slice of {chip.name} has {chip.dimensions} dimensions")
         cubes = chip.dimensions == 3 and not any(size % 4 for size in sizes)
+        if cubes and math.prod(sizes) > chip.slice_chips:
+            raise ValueError(
+                f"{name}: the largest slice of {chip.name} has {chip.slice_chips:,} chips"
+            )
         if not cubes and tuple(sorted(sizes)) not in map(tuple, map(sorted, _SHAPES[len(sizes)])):
             small = [shape for shape in _SHAPES[len(sizes)] if chip.dimensions == 2 or 2 in shape]
             known = ", ".join("x".join(map(str, shape)) for shape in small)
@@ -129,7 +133,11 @@ def _tpu_shape(name, chip, number, sizes):
                 f"{name}: no such slice of {chip.name} can be had; there are {known}{beyond}"
             )
         return sizes
-    known = {math.prod(shape) * chip.cores: shape for shape in _SHAPES[chip.dimensions]}
+    known = {
+        math.prod(shape) * chip.cores: shape
+        for shape in _SHAPES[chip.dimensions]
+        if math.prod(shape) <= (chip.slice_chips or math.inf)
+    }
     if number not in known:
         names = ", ".join(f"{chip.name}-{count}" for count in known)
         example = "x".join(["4"] * chip.dimensions)
