@@ -25,8 +25,7 @@ def test_scripts_are_shellcheck_clean():
     if program is None:
         pytest.skip("shellcheck is not installed; make dev")
     for script in scripts():  # one by one, as they are run
-        command = [program, "--external-sources", "--source-path=SCRIPTDIR", script]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run([program, script], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
