@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from vllama2_jax.parallel.topology import devices, topology
-from vllama2_jax.plan.planning import memory_of
+from vllama2_jax.plan.planning import memory_of, refusal_of
 from vllama2_jax.plan.result import Memory
 
 V5P = topology("v5p:2x2x1")
@@ -50,3 +50,11 @@ def test_what_the_compiler_refused_does_not_fit_whatever_its_arguments():
     assert Memory(arguments=1, temporaries=2, limit=3).fits
     assert not Memory(arguments=1, temporaries=3, limit=3).fits
     assert Memory(1, 2, None).to_json() == dict(arguments=1, temporaries=2, limit=None, peak=3)
+
+
+def test_an_error_of_the_compiler_itself_is_one_line_with_a_remedy():
+    error = jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (a.cc:1)\nmore")
+    with pytest.raises(ValueError, match=r"^the compiler failed \(INTERNAL: .*\); take another"):
+        refusal_of(error)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large\nmore")
+    assert refusal_of(error) == "too large"

@@ -159,10 +159,17 @@ def _refused(config, network: VLlama2Config, shape: Shape, topology, there, refu
 
 
 def refusal_of(error: jax.errors.JaxRuntimeError) -> str:
-    """The compiler's word on a program that is too large; any other error is raised again."""
-    if not str(error).startswith(_TOO_LARGE):
-        raise error
-    return str(error).removeprefix(_TOO_LARGE).splitlines()[0]
+    """The compiler's word on a program that is too large.
+
+    Raises:
+      ValueError: for any other error, which is the compiler's own.
+    """
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    if not said.startswith(_TOO_LARGE):
+        raise ValueError(
+            f"the compiler failed ({said[:300]}); take another mesh, or other micro-batches"
+        ) from error
+    return said.removeprefix(_TOO_LARGE)
 
 
 def sent_by(text: str, mesh: MeshConfig, layout: Layout) -> Communication:
