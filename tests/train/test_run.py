@@ -64,6 +64,26 @@ def test_processes_compare_their_software_before_the_folder_is_touched(
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_compare_all_records_and_where_they_go_on(
+    small_run, clips, tmp_path, monkeypatch
+):
+    compared = {}
+
+    def agree(name, value):
+        compared[name] = value
+        if name == "start":
+            raise run_module.hosts.HostsError("enough")
+
+    monkeypatch.setattr(run_module.hosts, "agree", agree)
+    held_out = SourceConfig("heldout", str(clips / "heldout.json"))
+    config = dataclasses.replace(small_run, validation=ValidationConfig((held_out,), every=6))
+    with pytest.raises(run_module.hosts.HostsError, match="enough"):
+        run(config, tmp_path / "run")
+    assert compared["run"]["steps"] == 12 and set(compared["run"]["data"]) == {"toybox"}
+    assert set(compared["run"]["validation data"]) == {"heldout"}
+    assert compared["start"] == {"the newest checkpoint in --out": None}
+
+
 def test_every_shape_is_compiled_once(small_run, tmp_path, monkeypatch, capsys):
     lengths = set()
 

@@ -112,10 +112,10 @@ def run(
         feeding = feeding_of(config, card, tokenizer, out / INDEX, layout)
         if hosts.is_first():
             hosts.barrier("indexed", _DAY)
-        hosts.agree("run", _identity(config, feeding))
         validation = None
         if config.validation.sources:
             validation = Validation(config, card, tokenizer, out / INDEX, layout)
+        hosts.agree("run", _identity(config, feeding, validation))
         with bar("reading", unit="tensors") as progress:
             params, _, _ = begin(config.start, None, config.seed, progress, layout)
         dtype, named = float_dtype(config.dtype), layout and param_axes(card.config)
@@ -132,6 +132,7 @@ def run(
             checkpoints = stack.enter_context(
                 RunCheckpoints(out, keep_last=save.keep_last, keep_best=save.keep_best)
             )
+            hosts.agree("start", {"the newest checkpoint in --out": checkpoints.latest})
             trainable = prepared.trainable
             del params, prepared
             where = state_shardings(layout, optimizer, trainable) if layout else None
@@ -187,12 +188,13 @@ def _say_dropped(files: list[str], console: Console) -> None:
         console.print(f"a damaged program was dropped: {name}", markup=False, soft_wrap=True)
 
 
-def _identity(config: TrainConfig, feeding: Feeding) -> dict:
+def _identity(config: TrainConfig, feeding: Feeding, validation: Validation | None) -> dict:
     """What all processes must hold alike, in plain JSON."""
     return {
         "config": to_json(config),
         "steps": len(feeding.schedule),
         "data": feeding.fingerprints,
+        "validation data": validation and validation.fingerprints,
         "devices": jax.device_count(),
     }
 

@@ -66,6 +66,8 @@ class Validation:
             config=config.loss,
             datasets=self._feeding.datasets,
         )
+        #: {source's name: sha256} of the records that are read.
+        self.fingerprints = self._feeding.fingerprints
         self._layout = layout
         self._sums = jax.jit(
             lambda trainable, frozen, batch: self._evaluate(loss, trainable, frozen, batch),
