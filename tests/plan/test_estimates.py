@@ -75,7 +75,7 @@ def test_what_every_chip_does_for_itself_takes_its_time_on_all_of_them():
     layout = abstract_layout(MeshConfig(sequence=2), 256)
     divided = shares(layout, rows=128, frames=8, clips=1)
     assert divided["connector"] == 128 and divided["vision"] == divided["decoder"] == 256
-    flops = StepFlops(1, 512 * 3, {"connector": 512, "decoder": 1024})
+    flops = StepFlops(1, {"connector": 512, "decoder": 1024})
     assert chip_flops(flops, divided) == 512 / 128 + 1024 / 256
 
 

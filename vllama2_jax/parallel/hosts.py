@@ -22,7 +22,6 @@ _MINUTE = 60.0
 # A process that has died is noticed after this long; the others then end.
 _HEARTBEAT_SECONDS = 100
 
-
 # The service keeps every key for as long as it lives, which may be several runs.
 _RUN = 0
 
@@ -58,7 +57,7 @@ def join(heartbeat_seconds: int = _HEARTBEAT_SECONDS) -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds, **options)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = _first_line(error)
         raise HostsError(
             f"cannot join the other processes{f' at {address}' if address else ''} ({reason}); "
             "start them all with the same JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES, and "
@@ -98,7 +97,7 @@ def _on_tpu_vm() -> bool:
     try:
         return clusters.GkeTpuCluster.is_env_present() or clusters.GceTpuCluster.is_env_present()
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = _first_line(error)
         raise HostsError(
             f"this machine has TPUs, and its metadata, which names the others, cannot be read "
             f"({reason}); for this machine alone, set TPU_SKIP_MDS_QUERY=1"
@@ -136,7 +135,7 @@ def barrier(name: str, seconds: float = 10 * _MINUTE) -> None:
     try:
         distributed.global_state.client.wait_at_barrier(_key(name), int(seconds * 1000))
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        reason = _first_line(error)
         raise HostsError(
             f"not all {jax.process_count()} processes reached {name!r} within {seconds:g} s "
             f"({reason}); look at the logs of the others"
@@ -249,8 +248,13 @@ def _hear(name: str, seconds: float, process: int) -> dict:
     try:
         return json.loads(client.blocking_key_value_get(_key(name), int(seconds * 1000)))
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = _first_line(error)
         raise HostsError(
             f"process {process} did not say its {name.split('/')[0]!r} within {seconds:g} s "
             f"({reason}); look at its log"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """The start of what an error says, which may be pages; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

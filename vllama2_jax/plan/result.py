@@ -1,5 +1,6 @@
 """What a plan says."""
 
+import abc
 import dataclasses
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class Parameters(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramPlan:
+class ProgramPlan(abc.ABC):
     """What one program takes on a topology; a step is one run of it.
 
     Attributes:
@@ -106,9 +107,9 @@ class ProgramPlan:
         return self.sent and self.sent.wire_bytes
 
     @property
+    @abc.abstractmethod
     def tokens_of_a_step(self) -> int:
         """Of all rows; padding counts."""
-        raise NotImplementedError
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -116,9 +117,9 @@ class ProgramPlan:
         return self.roofline and self.tokens_of_a_step / self.roofline.step_seconds
 
     @property
+    @abc.abstractmethod
     def assumptions(self) -> list[str]:
         """What is taken for granted, one sentence each."""
-        raise NotImplementedError
 
     def to_json(self) -> dict:
         """The plan in plain JSON types."""

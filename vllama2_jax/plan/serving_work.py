@@ -28,8 +28,7 @@ def serving_flops(network: VLlama2Config, serving: Serving, layout: Layout) -> S
     if c.num_experts and tokens <= FEW_TOKENS:  # `moe._few_tokens`
         for name in ("decoder/moe/gate_up", "decoder/moe/down"):
             hardware[name] = model[name] * min(c.num_experts, tokens * c.top_k) // c.top_k
-    done = sum(hardware.values())
-    return StepFlops(sum(model.values()), done, {"decoder": done})
+    return StepFlops(sum(model.values()), {"decoder": sum(hardware.values())})
 
 
 def serving_bytes(

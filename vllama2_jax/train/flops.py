@@ -44,13 +44,16 @@ class StepFlops(NamedTuple):
 
     Attributes:
       model: what the mathematics needs; model FLOP/s utilisation is made of it.
-      hardware: with what is computed again to save memory.
-      parts: `hardware` of each part of the network that runs.
+      parts: of each part of the network that runs, with what is computed again to save memory.
     """
 
     model: int
-    hardware: int
     parts: Mapping[str, int]
+
+    @property
+    def hardware(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
 
 
 def step_flops(
@@ -121,4 +124,4 @@ def step_flops(
             parts[product.part] += product.flops * (product.name in again)
         model += product.flops * passes
         parts[product.part] += product.flops * passes
-    return StepFlops(model, sum(parts.values()), parts)
+    return StepFlops(model, parts)
