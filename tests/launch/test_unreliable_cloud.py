@@ -208,11 +208,13 @@ def interrupted(train, told) -> str:
 
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
-def test_an_interrupted_train_deletes_nothing_while_the_run_goes_on(cloud, told):
-    with training(cloud, "--delete-when-done") as train:
+@pytest.mark.parametrize("options", [(), ("--delete-when-done",)])
+def test_an_interrupted_train_deletes_nothing_while_the_run_goes_on(cloud, told, options):
+    with training(cloud, *options) as train:
         said = interrupted(train, told)
         assert "tpu.sh delete --name pod1" in said.splitlines()[-1]
     assert train.returncode == 128 + told and "delete" not in verbs(cloud)
+    assert cloud.state["nodes"] == {"pod1": "READY"}
 
 
 _SUSPENDED = {"pod1": {"states": [*["ACTIVE"] * 5, "SUSPENDED"], "nodes": ["pod1"]}}
